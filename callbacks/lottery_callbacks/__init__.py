@@ -1,0 +1,23 @@
+"""Lightning callbacks that find, train and watch lottery tickets, each usable alone in any project."""
+
+from lottery_callbacks.apply_ticket import ApplyTicket
+from lottery_callbacks.checkpoints import ResumeCheckpoint, newest_checkpoint
+from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePruning, Level
+from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.rewinding import RewindPoint
+from lottery_callbacks.sparsity_monitor import SparsityMonitor
+from lottery_callbacks.ticket import Ticket
+from lottery_callbacks.validation_curve import ValidationCurve
+
+__all__ = [
+    "ApplyTicket",
+    "IterativeMagnitudePruning",
+    "Level",
+    "Pruning",
+    "ResumeCheckpoint",
+    "RewindPoint",
+    "SparsityMonitor",
+    "Ticket",
+    "ValidationCurve",
+    "newest_checkpoint",
+]

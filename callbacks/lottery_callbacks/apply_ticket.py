@@ -1,0 +1,127 @@
+"""Train a ticket, or a control of it, in one ordinary fit."""
+
+import os
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lottery_callbacks import random_state
+from lottery_callbacks.functional import masks as M
+from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.ticket import Ticket
+
+Weights = Literal["rewind", "reinit"]
+MaskSource = Literal["ticket", "shuffled", "random"]
+
+
+class ApplyTicket(MaskedTraining):
+    """Trains a ticket, or a control of it, in one `trainer.fit`.
+
+    At the start of the fit the module takes the rewind point under the mask, W = mask * W_k, with the optimizer,
+    schedulers and loops of step k; then it trains as any other, with the pruned weights held at zero (see
+    `MaskedTraining`). Checkpoints are sparse and load into the plain network.
+
+    Args:
+        ticket: a `Ticket`, or the path of one.
+        weights: "rewind" starts from the ticket's rewind point; "reinit" from a fresh draw by the modules' own
+            `reset_parameters` (the random reinitialisation control of arXiv 1803.03635), at step 0.
+        mask: "ticket", "shuffled" (each layer's mask permuted: same density per layer) or "random" (the same
+            number of weights anywhere): the random-mask controls.
+        seed: of the draws that `weights` and `mask` make; the global random state is left alone.
+
+    Raises:
+        ValueError: the ticket is for another architecture; a checkpoint holds another mask or none;
+            `reset_parameters` is missing where "reinit" needs it.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket | str | os.PathLike[str],
+        weights: Weights = "rewind",
+        mask: MaskSource = "ticket",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.ticket = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
+        self.weights = one_of("weights", weights, ("rewind", "reinit"))
+        self.mask = one_of("mask", mask, ("ticket", "shuffled", "random"))
+        self.seed = seed
+        self.masks = self._draw_masks()
+
+    def _draw_masks(self) -> M.Masks:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.mask == "shuffled":
+            return M.shuffled(self.ticket.masks, generator)
+        if self.mask == "random":
+            return M.random_like(self.ticket.masks, generator)
+        return self.ticket.masks
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        resumes = self.resumes(trainer)
+        if self.weights == "reinit":
+            self.ticket.check(pl_module)
+            if not resumes:
+                reinitialise(pl_module, self.seed)
+        else:
+            start_from(self.ticket, trainer, pl_module, resumes)
+        self.apply_masks(trainer, pl_module)
+        set_level(trainer, self.ticket.level)
+
+
+def start_from(ticket: Ticket, trainer: L.Trainer, module: nn.Module, resumes: bool) -> None:
+    """Put a fit into the ticket's rewind point, unless a checkpoint has put it further already."""
+    ticket.check(module)
+    if not resumes:
+        ticket.rewind.restore(trainer, module)
+    elif "learning_rates" in ticket.rewind.training:
+        trainer.lr_scheduler_configs.clear()  # fine-tuning: the checkpoint holds the rate, and no schedule
+
+
+def set_level(trainer: L.Trainer, level: int) -> None:
+    """Tell the data module which level this is, so that each has its own order; like a sampler's `set_epoch`."""
+    setter = getattr(getattr(trainer, "datamodule", None), "set_level", None)
+    if callable(setter):
+        setter(level)
+    elif level:
+        rank_zero_info("the data has no set_level(level): its order is its own affair; seed it before each level")
+
+
+@torch.no_grad()
+def reinitialise(module: nn.Module, seed: int) -> None:
+    """Redraw every trainable parameter by `reset_parameters`, children before parents, from `seed` alone.
+
+    Frozen parameters keep their values; normalisation layers reset their running statistics too.
+
+    Raises:
+        ValueError: a trainable parameter belongs to no module with `reset_parameters`.
+    """
+    frozen = {parameter: parameter.clone() for parameter in module.parameters() if not parameter.requires_grad}
+    missing = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter not in frozen and not any(hasattr(m, "reset_parameters") for m in _lineage(module, name))
+    ]
+    if missing:
+        raise ValueError(f"cannot reinitialise {M.describe(missing)}: give the module that owns it reset_parameters()")
+    with random_state.forked():
+        torch.manual_seed(seed)
+        for part in reversed(list(module.modules())):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    for parameter, value in frozen.items():
+        parameter.copy_(value)
+
+
+def _lineage(module: nn.Module, parameter: str) -> list[nn.Module]:
+    path = parameter.split(".")[:-1]
+    return [module.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
+    """`value`, or a ValueError that lists the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}")
+    return value

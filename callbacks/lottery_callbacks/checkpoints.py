@@ -1,0 +1,59 @@
+"""Checkpoints to resume from: finding the newest whole one, and writing them where a resume is exact."""
+
+import time
+import zipfile
+from pathlib import Path
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint below `folder` that a fit can resume from; None where there is none.
+
+    A file that cannot be read whole (a killed writer, a full disk) is passed over with a warning; one that holds
+    weights alone is no place to resume from. Nothing is unpickled: the archive's own checksums are verified.
+    """
+    newest_first = sorted(Path(folder).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in newest_first:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                torn = archive.testzip()
+                pickled = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+                if torn is None and pickled and b"optimizer_states" in archive.read(pickled):
+                    return path
+        except (zipfile.BadZipFile, OSError, EOFError):
+            torn = path.name
+        if torn:
+            rank_zero_warn(f"{path} is torn and is passed over: the level goes on from the checkpoint before it")
+    return None
+
+
+class ResumeCheckpoint(ModelCheckpoint):
+    """Keeps the two newest checkpoints, each written at the end of a validation.
+
+    There a resumed fit repeats no validation and skips none, so its records are those of an unbroken run.
+
+    Args:
+        dirpath: where to keep them.
+        seconds: least time between two; 0 writes one at each validation.
+    """
+
+    def __init__(self, dirpath: str | Path, seconds: float = 30.0) -> None:
+        super().__init__(
+            dirpath,
+            filename="resume-{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            every_n_epochs=1,
+            save_on_train_epoch_end=False,
+        )
+        self.seconds = seconds
+        self._written_at = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if time.monotonic() - self._written_at >= self.seconds:
+            super().on_validation_end(trainer, pl_module)
+            self._written_at = time.monotonic()

@@ -1,0 +1,1 @@
+"""What happens: pure functions on tensors and dicts; no Lightning, no global random state."""

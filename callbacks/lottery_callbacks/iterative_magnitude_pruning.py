@@ -1,0 +1,232 @@
+"""Iterative magnitude pruning with rewinding: one fit is one level, a loop of fits is the lottery."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lottery_callbacks.apply_ticket import one_of, set_level, start_from
+from lottery_callbacks.checkpoints import newest_checkpoint
+from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.steps import Step
+from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.rewinding import RewindPoint, snapshot
+from lottery_callbacks.ticket import Ticket
+
+Retrain = Literal["weights", "learning_rate", "fine_tune"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the lottery, as a fit needs it: its folder, where to resume it, the ticket that it trains."""
+
+    number: int
+    run_dir: Path
+    checkpoint: Path | None
+    ticket: Path
+
+
+class IterativeMagnitudePruning(MaskedTraining):
+    """Finds winning tickets (Frankle & Carbin, arXiv 1803.03635; rewinding to step k as in 1912.05671).
+
+    ```python
+    imp = IterativeMagnitudePruning(rate=0.2, rewind="0it", run_dir="runs/lenet")
+    for level in imp.levels(20):                       # skips finished levels, resumes a torn one
+        trainer = L.Trainer(max_steps=50_000, callbacks=[imp], default_root_dir=level.run_dir)
+        trainer.fit(model, datamodule, ckpt_path=level.checkpoint)
+    ```
+
+    Level 0 is the dense run, unchanged to the bit; its state at step `rewind` is the rewind point. At the end of
+    each fit the surviving weights are ranked, round(rate x surviving) of them are removed, and the next ticket is
+    written to `run_dir/tickets`. The next fit trains it, by this object or by `ApplyTicket`, to the same bits.
+    A fit of level >= 1 begins at step k: `max_steps`, schedules and epochs go on from there as Lightning counts.
+    Networks with dropout, or data shuffled by the global random state: call `L.seed_everything` before each fit.
+
+    Args:
+        rate: fraction of the surviving weights removed at each level, in (0, 1).
+        rewind: the step k to rewind to: "0it" (initialisation), "500it", "1ep".
+        run_dir: where tickets and levels are kept; a relative path is relative to the working directory.
+        pruning: score, scope, rates per layer and exclusions; by default magnitude, layerwise.
+        retrain: what a level starts from: "weights" rewinds weights and schedule to step k; "learning_rate" keeps
+            the trained weights and rewinds optimizer and schedule (Renda et al., arXiv 2003.02389); "fine_tune"
+            keeps the trained weights and trains on at the last learning rate, from step 0 and with no schedule.
+        seed: of scores that draw.
+
+    Reset at each level: optimizer, schedulers, loops (to step k). Kept: the rewind point, never written again.
+    Memory: one CPU copy of the module, and for k > 0 of the optimizer state.
+
+    Raises:
+        ValueError: a bad argument, a rewind step beyond the run, a missing ticket; each names the mend.
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.2,
+        rewind: str = "0it",
+        run_dir: str | os.PathLike[str] = "runs/lottery",
+        pruning: Pruning | None = None,
+        retrain: Retrain = "weights",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate} is outside (0, 1): it is the fraction of surviving weights a level removes")
+        self.rate = rate
+        self.rewind = Step.parse(rewind)
+        self.run_dir = Path(run_dir)
+        self.pruning = pruning or Pruning()
+        self.retrain = one_of("retrain", retrain, ("weights", "learning_rate", "fine_tune"))
+        self.seed = seed
+        self.level = 0
+        self.ticket: Ticket | None = None
+        self._capture_at: int | None = None  # set for k > 0 in level 0 alone
+
+    # ---- the loop of fits
+
+    def levels(self, last: int, finished: Callable[[Level], bool] | None = None) -> Iterator[Level]:
+        """Yield levels 0 (dense) to `last`, each to be fitted before the next; finished ones are skipped.
+
+        A level is finished when the ticket after it is written, or when `finished(level)` says so.
+        """
+        for number in range(last + 1):
+            level = self._level(number)
+            if finished(level) if finished else self.ticket_path(number + 1).exists():
+                rank_zero_info(f"level {number} is finished: {level.run_dir}")
+                continue
+            self.select(number)
+            yield level
+
+    def select(self, number: int) -> Level:
+        """Make `number` the level that the next fit trains.
+
+        Raises:
+            ValueError: its ticket is missing or torn.
+        """
+        if number == 0:
+            self.ticket, self.masks = None, {}
+        elif self.ticket is None or self.ticket.level != number:
+            self._take(Ticket.load(self.ticket_path(number)))
+        self.level = number
+        return self._level(number)
+
+    def ticket_path(self, level: int) -> Path:
+        """Where the ticket that `level` trains is kept."""
+        return self.run_dir / "tickets" / f"level_{level:02d}.safetensors"
+
+    def _level(self, number: int) -> Level:
+        run_dir = self.run_dir / f"level_{number:02d}"
+        return Level(number, run_dir, newest_checkpoint(run_dir), self.ticket_path(number))
+
+    def _take(self, ticket: Ticket) -> None:
+        self.ticket, self.masks = ticket, ticket.masks
+
+    # ---- one level
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pruning.check(pl_module)
+        if self.level:
+            assert self.ticket is not None
+            start_from(self.ticket, trainer, pl_module, self.resumes(trainer))
+        else:
+            self._start_dense(trainer, pl_module)
+        self.apply_masks(trainer, pl_module)
+        set_level(trainer, self.level)
+
+    def _start_dense(self, trainer: L.Trainer, module: nn.Module) -> None:
+        self.masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self.pruning.prunable(module).items()}
+        resumes = self.resumes(trainer)
+        if not resumes:
+            rank_zero_info(self.plan(module))
+        if self.rewind.count == 0 and not resumes:
+            self._capture(trainer, module)
+
+    def plan(self, module: nn.Module) -> str:
+        """What is pruned and what is left out, with the reasons, for people to read."""
+        pruned = [f"{name} ({p.numel():,})" for name, p in self.pruning.prunable(module).items()]
+        left = [f"{name} ({reason})" for name, reason in self.pruning.excluded(module).items()]
+        return f"pruned ({self.pruning}): {', '.join(pruned)}\nleft dense: {', '.join(left) or 'nothing'}"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._capture_at = None
+        if self.level or not self.rewind.count:
+            return
+        self._capture_at = self._rewind_iteration(trainer)
+        if trainer.global_step >= self._capture_at:  # a resumed fit that has passed it: captured already
+            self.ticket = Ticket.load(self.ticket_path(0))
+
+    def _rewind_iteration(self, trainer: L.Trainer) -> int:
+        batches = trainer.num_training_batches
+        if self.rewind.unit == "ep" and math.isinf(batches):
+            raise ValueError(f"rewind={self.rewind} needs a loader with a length: give iterations, as in '500it'")
+        per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        at = self.rewind.in_iterations(per_epoch)
+        last = trainer.max_steps if trainer.max_steps > 0 else per_epoch * (trainer.max_epochs or 0)
+        if getattr(trainer, "fast_dev_run", False):
+            return min(at, last)
+        if 0 < last < at:
+            raise ValueError(
+                f"rewind={self.rewind} is step {at}, beyond the run's last step {last}: rewind earlier or train longer"
+            )
+        return at
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._capture_at is not None and self.ticket is None and trainer.global_step >= self._capture_at:
+            self._capture(trainer, pl_module)
+
+    def _capture(self, trainer: L.Trainer, module: nn.Module) -> None:
+        ticket = Ticket(self.masks, RewindPoint.capture(trainer, module), self._provenance(0, None))
+        self._keep(ticket, trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune the trained weights and write the next ticket; the next fit of this object trains it."""
+        if self.ticket is None:
+            if not self.ticket_path(0).exists():
+                raise ValueError(
+                    f"the run ended at step {trainer.global_step}, before rewind={self.rewind}: "
+                    "rewind earlier or train longer"
+                )
+            self._take(Ticket.load(self.ticket_path(0)))
+        assert self.ticket is not None
+        weights = {name: p.detach().cpu() for name, p in pl_module.named_parameters() if name in self.masks}
+        generator = torch.Generator().manual_seed(1_000 * self.seed + self.level)
+        masks = self.pruning.next_masks(weights, self.masks, self.rate, generator)
+        self.level += 1
+        rewind = self._rewind_point(trainer, pl_module, self.ticket.rewind)
+        self._keep(Ticket(masks, rewind, self._provenance(self.level, self.ticket)), trainer)
+
+    def _rewind_point(self, trainer: L.Trainer, module: nn.Module, first: RewindPoint) -> RewindPoint:
+        if self.retrain == "weights":
+            return first
+        if self.retrain == "learning_rate":
+            return RewindPoint(first.step, snapshot(module), first.training)
+        rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        return RewindPoint(0, snapshot(module), {"learning_rates": rates})
+
+    def _keep(self, ticket: Ticket, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            ticket.save(self.ticket_path(ticket.level))
+        self._take(ticket)
+
+    def _provenance(self, level: int, parent: Ticket | None) -> dict[str, Any]:
+        return {
+            "level": level,
+            "rate": self.rate,
+            "rates": self.pruning.rates,
+            "pruning": str(self.pruning),
+            "rewind": str(self.rewind),
+            "retrain": self.retrain,
+            "seed": self.seed,
+            "parent": M.digest(parent.masks) if parent else None,
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,123 @@
+"""Training under a mask: what keeps pruned weights at exactly zero, and what a resumed fit needs for it."""
+
+from typing import Any
+
+import lightning.pytorch as L
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lottery_callbacks import random_state
+from lottery_callbacks.functional import masks as M
+
+
+class MaskedTraining(L.Callback):
+    """Base of the callbacks that train under `self.masks` (boolean, by parameter name, True = kept).
+
+    `fit_masks` are those of the last fit that began, also when `masks` have gone on to the next level.
+
+    A subclass sets the masks and calls `resumes` and then `apply_masks` in its `on_fit_start`. From there pruned
+    weights, their gradients and their optimizer state are exactly 0 at every step: gradients are masked before
+    clipping, weights after the optimizer's step; optimizer state is zeroed once and stays zero, because only
+    zeros reach it. The module's `state_dict` keys never change.
+
+    Kept in checkpoints: the masks and the global random state, so that a resumed fit goes on bit for bit.
+    Cost a step: two bitwise ands over the pruned tensors.
+
+    Raises:
+        RuntimeError: the optimizer keeps state of another shape than its weights (Adafactor, LBFGS), which
+            cannot be masked entry by entry.
+    """
+
+    def __init__(self) -> None:
+        self.masks: M.Masks = {}
+        self.fit_masks: M.Masks = {}
+        self._bits: dict[nn.Parameter, Tensor] = {}
+        self._handles: list[Any] = []
+        self._resumed: dict[str, Any] = {}
+
+    def resumes(self, trainer: L.Trainer) -> bool:
+        """Whether this fit goes on from a checkpoint; if so the random state is set to the checkpoint's.
+
+        Raises:
+            ValueError: the checkpoint holds no mask, or another one than `self.masks`.
+        """
+        state, self._resumed = self._resumed, {}
+        if not state and not trainer.ckpt_path:
+            return False
+        if not state:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds no mask: it was not trained by {type(self).__name__}; "
+                "resume a checkpoint of this ticket's own run, or start without ckpt_path"
+            )
+        if M.digest(state["masks"]) != M.digest(self.masks):
+            raise ValueError(
+                f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
+            )
+        random_state.restore(state["random_state"])
+        return True
+
+    def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Zero the pruned weights, and keep each mask beside its parameter as bits on the same device."""
+        self.fit_masks = self.masks
+        parameters = dict(module.named_parameters())
+        self._bits = {
+            parameters[name]: M.as_bits(mask, parameters[name]) for name, mask in self.masks.items() if not mask.all()
+        }
+        self._zero(trainer.optimizers)
+
+    def _zero(self, optimizers: list[Optimizer]) -> None:
+        for parameter, bits in self._bits.items():
+            M.zero_pruned_(parameter, bits)
+            for optimizer in optimizers:
+                for value in elementwise_state(optimizer, parameter):
+                    M.zero_pruned_(value, bits)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
+        if self._bits:
+            self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        for parameter, bits in self._bits.items():
+            if parameter.grad is not None:
+                M.zero_pruned_(parameter.grad, bits)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._bits:
+                    elementwise_state(optimizer, parameter)  # refuses what cannot be masked
+                    M.zero_pruned_(parameter, self._bits[parameter])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._bits = [], {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": dict(self.masks), "random_state": random_state.collect()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
+
+
+def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """The optimizer's tensors of the parameter's own shape; scalars (step counts) are left out.
+
+    Raises:
+        RuntimeError: the state has any other shape.
+    """
+    values = optimizer.state[parameter].values() if parameter in optimizer.state else ()
+    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
+    if any(value.shape != parameter.shape for value in tensors) or any(isinstance(value, list) for value in values):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps state of another shape than its weights, which no mask can hold at "
+            "zero: train tickets with SGD, Adam, AdamW or another element-wise optimizer"
+        )
+    return tensors

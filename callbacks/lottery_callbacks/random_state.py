@@ -1,0 +1,41 @@
+"""The global random state of Python, NumPy (where loaded) and torch, as tensors and primitives."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def collect() -> dict[str, Any]:
+    """A copy of the present state; draws nothing."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Go back to a state that `collect` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """A block that may draw as it likes: the state is put back after it."""
+    state = collect()
+    try:
+        yield
+    finally:
+        restore(state)

@@ -1,0 +1,130 @@
+"""The rewind point: the complete training state at step k, captured once and restored at every level."""
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RewindPoint:
+    """Training state at optimizer step `step`, detached from the run that it was captured from.
+
+    Attributes:
+        step: k, counted in optimizer steps; 0 is initialisation.
+        tensors: every parameter and buffer by name (tied ones once), on the CPU.
+        training: for k > 0 the optimizer, scheduler, precision and loop states as Lightning would checkpoint
+            them, so that a level goes on from step k with its learning rate, schedule and place in the data.
+            Empty for k = 0: a fresh fit is that state.
+
+    Random number generators are not part of it: each level has SGD noise of its own.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def capture(cls, trainer: L.Trainer, module: nn.Module) -> "RewindPoint":
+        """Copy the state of a running fit; call from `on_fit_start` (k = 0) or `on_train_batch_end` (k > 0)."""
+        step = trainer.global_step
+        return cls(step, snapshot(module), training_state(trainer) if step else {})
+
+    def restore(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Put a fit that has not begun into this state; call from `on_fit_start`.
+
+        Parameters and buffers are overwritten in place; optimizers, schedulers and loops get copies, so that no
+        later step can reach into this object.
+        """
+        load_snapshot(module, self.tensors)
+        load_training_state(trainer, self.training)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of all parameters and buffers by name, tied ones once."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in _named_tensors(module).items()}
+
+
+def load_snapshot(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the module's parameters and buffers, in place.
+
+    Raises:
+        ValueError: names or shapes differ from the module's.
+    """
+    own = _named_tensors(module)
+    check_same_architecture(
+        {name: tensor.shape for name, tensor in tensors.items()}, {name: tensor.shape for name, tensor in own.items()}
+    )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_same_architecture(ticket: Mapping[str, torch.Size], module: Mapping[str, torch.Size]) -> None:
+    """Compare names and shapes, ticket against module.
+
+    Raises:
+        ValueError: one line that names the first difference.
+    """
+    for name in ticket.keys() | module.keys():
+        if ticket.get(name) != module.get(name):
+            there, here = (tuple(s[name]) if name in s else "absent" for s in (ticket, module))
+            raise ValueError(
+                f"the ticket is for another architecture: {name} is {there} in the ticket and {here} in the network; "
+                "build the network that the ticket was found on"
+            )
+
+
+def training_state(trainer: L.Trainer) -> dict[str, Any]:
+    """Optimizer, scheduler, precision and loop states of a running fit, deeply copied, tensors on the CPU."""
+    state = {
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "precision": trainer.precision_plugin.state_dict(),
+        "loops": trainer.fit_loop.state_dict(),
+    }
+    return _to_cpu(state)
+
+
+def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
+    """Load what `training_state` gave; nothing where it is empty.
+
+    `Optimizer.load_state_dict` keeps the tensors that it is given, hence the deep copy.
+    A state of `learning_rates` (fine-tuning) fixes these per parameter group and sets the schedulers aside.
+    """
+    state = copy.deepcopy(dict(state))
+    for optimizer, saved in zip(trainer.optimizers, state.get("optimizers", []), strict=False):
+        optimizer.load_state_dict(saved)
+    for config, saved in zip(trainer.lr_scheduler_configs, state.get("schedulers", []), strict=False):
+        for key, value in vars(config.scheduler).items():
+            if isinstance(value, Counter):  # MultiStepLR's milestones, a plain dict by now
+                saved[key] = Counter(saved[key])
+        config.scheduler.load_state_dict(saved)
+    if state.get("precision"):
+        trainer.precision_plugin.load_state_dict(state["precision"])
+    if "loops" in state:
+        trainer.fit_loop.load_state_dict(state["loops"])
+    if "learning_rates" in state:
+        trainer.lr_scheduler_configs.clear()
+        for optimizer, rates in zip(trainer.optimizers, state["learning_rates"], strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_cpu(item) for item in value)
+    return copy.deepcopy(value)

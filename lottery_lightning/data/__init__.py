@@ -1,0 +1,9 @@
+"""Data: LightningDataModules that hold whole sets as tensors on the training device."""
+
+from lottery_lightning.data.arrays import Arrays
+from lottery_lightning.data.datamodule import TensorDataModule
+from lottery_lightning.data.digits import Digits
+from lottery_lightning.data.loader import EpochOrder, ShuffledTensorLoader, TensorLoader
+from lottery_lightning.data.mnist import MNIST
+
+__all__ = ["MNIST", "Arrays", "Digits", "EpochOrder", "ShuffledTensorLoader", "TensorDataModule", "TensorLoader"]

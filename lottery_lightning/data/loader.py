@@ -1,0 +1,88 @@
+"""Batches from tensors that lie on the training device: no worker processes, no collation, no copies."""
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class EpochOrder:
+    """The order of the training set in one epoch: a permutation that (seed, level, epoch) alone decide.
+
+    Lightning calls `set_epoch`, as on a distributed sampler; `batch` is the next batch of the epoch.
+    """
+
+    def __init__(self, seed: int, level: int = 0) -> None:
+        self.seed, self.level = seed, level
+        self.epoch, self.batch = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of `epoch`; in the midst of that epoch already, stay there."""
+        if epoch != self.epoch:
+            self.epoch, self.batch = epoch, 0
+
+    def permutation(self, size: int) -> Tensor:
+        """Indices of this epoch, on the CPU so that every device gets the same."""
+        mixed = random.Random(f"{self.seed}/{self.level}/{self.epoch}").getrandbits(63)
+        return torch.randperm(size, generator=torch.Generator().manual_seed(mixed))
+
+
+class TensorLoader:
+    """An iterable of (images, labels) batches in the stored order, for evaluation.
+
+    Args:
+        images: all images, on the training device.
+        labels: their labels, there too.
+        batch_size: of one process; the last batch may be smaller.
+        rank: this process among `world_size`; each takes every `world_size`-th example.
+        world_size: number of processes.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.images, self.labels = images, labels
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return -(-len(self._share(self.labels)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        shares = self._share(self.images), self._share(self.labels)
+        yield from zip(*(share.split(self.batch_size) for share in shares), strict=True)
+
+    def _share(self, examples: Tensor) -> Tensor:
+        return examples[self.rank :: self.world_size]
+
+
+class ShuffledTensorLoader(TensorLoader):
+    """The same for training: each epoch in a new order, with a position that checkpoints keep.
+
+    Over several processes the set is cut to a multiple of `world_size`, so that all make as many steps. The
+    order is called `sampler` because Lightning calls `loader.sampler.set_epoch`.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, order: EpochOrder, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(images, labels, batch_size, rank, world_size)
+        self.sampler = order
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.sampler.batch == len(self):
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+        order = self._share(self.sampler.permutation(len(self.labels))).to(self.labels.device)
+        for batch in order.split(self.batch_size)[self.sampler.batch :]:
+            self.sampler.batch += 1  # before the yield: a checkpoint made during the step counts it as done
+            yield self.images[batch], self.labels[batch]
+
+    def _share(self, examples: Tensor) -> Tensor:
+        return super()._share(examples[: len(examples) // self.world_size * self.world_size])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the data; Lightning keeps it in every checkpoint."""
+        return {"epoch": self.sampler.epoch, "batch": self.sampler.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved position."""
+        self.sampler.epoch, self.sampler.batch = state["epoch"], state["batch"]

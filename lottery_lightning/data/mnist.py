@@ -1,0 +1,60 @@
+"""MNIST with the lottery ticket paper's split."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
+
+
+class MNIST(TensorDataModule):
+    """60,000 + 10,000 digits of 28 x 28 pixels: 55,000 train and 5,000 validation (arXiv 1803.03635), 10,000 test.
+
+    Images are (1, 28, 28), scaled to [0, 1] and normalised by mean 0.1307 and standard deviation 0.3081.
+
+    Args:
+        data_dir: folder whose `MNIST/raw` holds the official files; they are downloaded there where absent.
+        download: False never touches the network.
+        val_size: training examples held out for validation.
+        **kwargs: see `TensorDataModule`.
+    """
+
+    def __init__(
+        self, data_dir: str | Path = "data", download: bool = True, val_size: int = 5000, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.data_dir, self.download, self.val_size = Path(data_dir), download, val_size
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        from torchvision import datasets
+
+        try:
+            for train in (True, False):
+                datasets.MNIST(self.data_dir, train, download=self.download)
+        except Exception as error:  # torchvision raises RuntimeError, URLError, EOFError, zlib.error ...
+            raise RuntimeError(self._mend(error)) from error
+
+    def load(self) -> Mapping[str, Split]:
+        from torchvision import datasets
+
+        sets = {}
+        try:
+            for train in (True, False):
+                data = datasets.MNIST(self.data_dir, train)
+                images = (data.data.unsqueeze(1).float() / 255 - 0.1307) / 0.3081
+                sets[train] = (images, data.targets.to(torch.int64))
+        except Exception as error:
+            raise RuntimeError(self._mend(error)) from error
+        train_set, val = hold_out(*sets[True], self.val_size, self.split_seed)
+        return {"train": train_set, "val": val, "test": sets[False]}
+
+    def _mend(self, error: Exception) -> str:
+        raw = self.data_dir / "MNIST" / "raw"
+        reason = " ".join(str(error).split())[:120]
+        return (
+            f"MNIST cannot be read in {raw} ({reason}): put the four official *-ubyte files there whole, "
+            "delete torn ones, or go online to download them"
+        )

@@ -1,0 +1,168 @@
+"""What the lottery experiment found: rows, table, finding, CSV, figure and one line of JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lottery_callbacks.functional.early_stop import first_iteration_reaching
+from lottery_callbacks.ticket import write_atomically
+from rich.console import Console
+from rich.table import Table
+
+from lottery_lightning.experiments.runs import Training
+from lottery_lightning.experiments.store import write_json
+from lottery_lightning.figures import lottery_figure
+from lottery_lightning.loggers import make_logger
+
+Row = dict[str, Any]
+ARMS = {"ticket": "ticket", "reinit": "reinitialised", "random": "random mask", "one_shot": "one-shot"}
+COLUMNS = (
+    "trial", "level", "arm", "draw", "density", "kept", "early_stop_iteration", "reach_dense_iteration",
+    "min_val_loss", "test_acc_early_stop", "test_acc_end",
+)  # fmt: skip
+
+
+def report(records: Sequence[Mapping[str, Any]], run_dir: Path, training: Training) -> None:
+    """Write results.csv, results.json and the figure, print table and finding, and end with one line of JSON."""
+    rows = with_reach(records)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(run_dir / "results.csv", text.getvalue().encode())
+    figure = run_dir / "lottery.png"
+    write_atomically(figure, lottery_figure(rows, training.max_steps))
+    found = finding(rows)
+    summary = {"experiment": "lottery", "run_dir": str(run_dir), **found}
+    write_json(run_dir / "results.json", summary)
+    _log_levels(rows, run_dir, training)
+    Console(highlight=False, width=None if Console().is_terminal else 132).print(level_table(rows))
+    print(f"\n{run_dir / 'results.csv'}, {figure}, tickets in {run_dir}/trial_*/tickets")
+    print(sentence(found))
+    print(json.dumps(summary))
+
+
+def with_reach(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Records with `reach_dense_iteration`: when each first reached its trial's dense minimum validation loss."""
+    target = {r["trial"]: r["min_val_loss"] for r in records if r["arm"] == "ticket" and r["level"] == 0}
+    rows = []
+    for record in records:
+        steps = [int(point["iteration"]) for point in record["curve"]]
+        losses = [point["val/loss"] for point in record["curve"]]
+        reach = first_iteration_reaching(steps, losses, target[record["trial"]])
+        rows.append({key: value for key, value in record.items() if key != "curve"} | {"reach_dense_iteration": reach})
+    return rows
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def paired(rows: Sequence[Row], key: str, level: int, arm: str, other: Callable[[Row], list[Row]]) -> list[float]:
+    """Per trial, the mean of `key` over the arm's draws at a level, less that over `other(row)` of the same trial."""
+    differences = []
+    for trial in sorted({row["trial"] for row in rows}):
+        own = select(rows, trial=trial, level=level, arm=arm)
+        reference = other(own[0]) if own else []
+        if own and reference:
+            differences.append(mean(r[key] for r in own) - mean(r[key] for r in reference))
+    return differences
+
+
+def finding(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of the one sentence: the best level, the smallest ticket that is as good as dense, the controls."""
+    dense = select(rows, arm="ticket", level=0)
+    levels = sorted({row["level"] for row in rows if row["level"]})
+    accuracy = {lv: mean(r["test_acc_early_stop"] for r in select(rows, arm="ticket", level=lv)) for lv in [0, *levels]}
+    best = max(levels, key=lambda lv: accuracy[lv])
+    matching = [lv for lv in levels if accuracy[lv] >= accuracy[0]]
+    last = max(matching, default=best)
+    found: dict[str, Any] = {
+        "trials": len(dense),
+        "dense_acc": round(accuracy[0], 5),
+        "best_density": round(select(rows, arm="ticket", level=best)[0]["density"], 5),
+        "best_acc": round(accuracy[best], 5),
+        "best_minus_dense": summarise(
+            paired(rows, "test_acc_early_stop", best, "ticket", lambda row: select(dense, trial=row["trial"]))
+        ),
+        "smallest_matching_density": round(select(rows, arm="ticket", level=last)[0]["density"], 5) if matching else None,
+    }
+    for arm in ("reinit", "random", "one_shot"):
+        if select(rows, arm=arm, level=last):
+            found[f"ticket_minus_{arm}"] = summarise(
+                paired(
+                    rows,
+                    "test_acc_early_stop",
+                    last,
+                    "ticket",
+                    lambda row, arm=arm: select(rows, trial=row["trial"], level=row["level"], arm=arm),
+                )
+            )
+    return found
+
+
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Mean and extremes."""
+    return {"mean": round(mean(values), 5), "min": round(min(values), 5), "max": round(max(values), 5)}
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The finding in one sentence; accuracies are test accuracies at the early-stop iteration."""
+    small = found["smallest_matching_density"]
+    text = (
+        f"Tickets keep {small:.1%} of the weights and are still as accurate as the dense network ({found['dense_acc']:.2%})"
+        if small
+        else f"No ticket is as accurate as the dense network ({found['dense_acc']:.2%})"
+    )
+    gain = found["best_minus_dense"]
+    text += (
+        f"; the best, at {found['best_density']:.1%}, differs from it by {100 * gain['mean']:+.2f} points"
+        f" ({100 * gain['min']:+.2f} to {100 * gain['max']:+.2f} over {found['trials']} trial(s))"
+    )
+    arms = [(arm, found[f"ticket_minus_{arm}"]["mean"]) for arm in ARMS if f"ticket_minus_{arm}" in found]
+    if arms:
+        where = f"{small:.1%}" if small else f"{found['best_density']:.1%}"
+        text += f"; at {where} tickets differ by " + ", ".join(
+            f"{100 * difference:+.2f} points from {ARMS[arm]}" for arm, difference in arms
+        )
+    return text + "."
+
+
+def level_table(rows: Sequence[Row]) -> Table:
+    """One row a level: means over trials; accuracies are in percent, at the early stop / at the end."""
+    table = Table(title="test accuracy in % at the early-stop iteration / at the end of training, mean over trials")
+    arms = [arm for arm in ARMS if select(rows, arm=arm)]
+    for name in ("level", "density %", *(f"{ARMS[arm]}\nearly stop" for arm in arms), *(f"{ARMS[a]}\naccuracy" for a in arms)):
+        table.add_column(name, justify="right")
+    for level in sorted({row["level"] for row in rows}):
+        cells = {arm: select(rows, level=level, arm=arm) for arm in arms}
+        stops = [f"{mean(r['early_stop_iteration'] for r in c):,.0f}" if c else "" for c in cells.values()]
+        accuracies = [
+            f"{100 * mean(r['test_acc_early_stop'] for r in c):.2f} / {100 * mean(r['test_acc_end'] for r in c):.2f}"
+            if c
+            else ""
+            for c in cells.values()
+        ]
+        table.add_row(str(level), f"{100 * cells['ticket'][0]['density']:.1f}", *stops, *accuracies)
+    return table
+
+
+def _log_levels(rows: Sequence[Row], run_dir: Path, training: Training) -> None:
+    """One more run for the dashboards, with the level as its axis."""
+    logger = make_logger(training.logger, run_dir, run_dir.name, "summary", "levels")
+    if isinstance(logger, bool):
+        return
+    for level in sorted({row["level"] for row in rows}):
+        values = {"prune/density": select(rows, level=level, arm="ticket")[0]["density"]}
+        for arm in ARMS:
+            if cell := select(rows, level=level, arm=arm):
+                values[f"{arm}/test_acc_early_stop"] = mean(r["test_acc_early_stop"] for r in cell)
+                values[f"{arm}/test_acc_end"] = mean(r["test_acc_end"] for r in cell)
+                values[f"{arm}/early_stop_iteration"] = mean(r["early_stop_iteration"] for r in cell)
+        logger.log_metrics(values, step=level)
+    logger.finalize("success")

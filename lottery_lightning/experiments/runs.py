@@ -1,0 +1,162 @@
+"""One run: one fit in one folder, its tests, and the record that says it is done."""
+
+import copy
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lottery_callbacks import ResumeCheckpoint, SparsityMonitor, ValidationCurve, newest_checkpoint
+from lottery_callbacks.apply_ticket import reinitialise
+from lottery_callbacks.functional import masks as M
+from lottery_callbacks.masked_training import MaskedTraining
+
+from lottery_lightning.experiments.store import read_json, write_json
+from lottery_lightning.loggers import make_logger
+
+
+@dataclass
+class Training:
+    """How each run of an experiment trains.
+
+    Args:
+        max_steps: optimizer steps of a run.
+        val_every: validate every so many steps; it divides max_steps, so that the end is validated too.
+        threads: CPU threads of torch; small networks are fastest with 1. None leaves torch's choice.
+        checkpoint_seconds: least time between two checkpoints to resume from.
+        logger: "csv", "wandb" (offline without an account: WANDB_MODE=offline) or "none".
+        trainer: further arguments of `lightning.pytorch.Trainer`, such as accelerator or precision.
+    """
+
+    max_steps: int = 50_000
+    val_every: int = 100
+    threads: int | None = None
+    checkpoint_seconds: float = 30.0
+    logger: Literal["none", "csv", "wandb"] = "none"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.val_every < 1 or self.max_steps % self.val_every:
+            raise ValueError(
+                f"val_every={self.val_every} must divide max_steps={self.max_steps}, so that the last step is validated"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a plan: which trial, level, arm and draw, and where it lives."""
+
+    run_dir: Path
+    trial: int
+    level: int
+    arm: str
+    draw: int = 0
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What the run found; None while it is not done."""
+        return read_json(self.run_dir / "result.json")
+
+    def __str__(self) -> str:
+        return f"trial {self.trial} level {self.level} {self.arm}" + (f" {self.draw}" if self.draw else "")
+
+
+class Runner:
+    """Does runs of one model on one data module, each from a seed of its own."""
+
+    def __init__(
+        self,
+        model: L.LightningModule,
+        data: L.LightningDataModule,
+        training: Training,
+        name: str,
+        callbacks: tuple[L.Callback, ...] = (),
+    ) -> None:
+        self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
+        if training.threads:
+            torch.set_num_threads(training.threads)
+
+    def fresh_model(self, seed: int) -> L.LightningModule:
+        """A copy of the model, initialised by `seed`."""
+        model = copy.deepcopy(self.model)
+        reinitialise(model, seed)
+        return model
+
+    def do(self, run: Run, seed: int, masked: MaskedTraining, checkpoint: Path | None = None) -> dict[str, Any]:
+        """Fit, test the best and the last weights, write the record; a torn fit goes on from its checkpoint.
+
+        Args:
+            run: the run.
+            seed: of the trial: initialisation and order of the data. Dropout and the like have seeds of the run.
+            masked: the callback that applies the ticket.
+            checkpoint: to resume from.
+        """
+        model = self.fresh_model(seed)
+        if hasattr(self.data, "data_seed"):
+            self.data.data_seed = seed
+        L.seed_everything(stable_seed(seed, run.level, run.arm, run.draw), verbose=False)
+        folder, curve = run.run_dir, ValidationCurve()
+        best = ModelCheckpoint(
+            folder,
+            filename="best",
+            monitor=curve.loss,
+            save_weights_only=True,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+        resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
+        trainer = self._trainer(run, [masked, SparsityMonitor(), curve, *self.callbacks, best, resume])
+        trainer.fit(model, self.data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(folder / "final.ckpt", weights_only=True)
+        at_best = self._test(trainer, model, folder / "best.ckpt")
+        at_end = self._test(trainer, model, folder / "final.ckpt")
+        record = {
+            "trial": run.trial,
+            "level": run.level,
+            "arm": run.arm,
+            "draw": run.draw,
+            "density": M.density(masked.fit_masks),
+            "kept": sum(M.kept(masked.fit_masks).values()),
+            "early_stop_iteration": curve.early_stop_iteration,
+            "min_val_loss": curve.minimum,
+            "test_acc_early_stop": at_best,
+            "test_acc_end": at_end,
+            "curve": curve.rows,
+        }
+        write_json(folder / "result.json", record)
+        shutil.rmtree(folder / "resume", ignore_errors=True)
+        return record
+
+    def checkpoint(self, run: Run) -> Path | None:
+        """Where a torn run goes on."""
+        return newest_checkpoint(run.run_dir / "resume")
+
+    def _trainer(self, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
+        options: dict[str, Any] = {
+            "max_steps": self.training.max_steps,
+            "max_epochs": -1,
+            "val_check_interval": self.training.val_every,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "logger": make_logger(self.training.logger, run.run_dir, self.name, f"trial_{run.trial}", str(run)),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": run.run_dir,
+            "callbacks": callbacks,
+        }
+        try:
+            return L.Trainer(**options | self.training.trainer)
+        except TypeError as error:
+            raise ValueError(f"training.trainer has an argument that Trainer does not know: {error}") from error
+
+    def _test(self, trainer: L.Trainer, model: L.LightningModule, checkpoint: Path) -> float:
+        return float(trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)[0]["test/acc"])
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that depends on `parts` alone, on every machine."""
+    return random.Random("/".join(map(str, parts))).getrandbits(31)

@@ -1,0 +1,62 @@
+"""What an experiment keeps in its `run_dir`: whose folder it is, who works in it, which runs are done."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lottery_callbacks.ticket import write_atomically
+
+
+def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Make `run_dir` the folder of the experiment `config`; in the folder of an equal one, go on there.
+
+    `run_dir/config.yaml` is the experiment's identity, its own `run_dir` apart (folders may be moved).
+
+    Raises:
+        ValueError: the folder belongs to another experiment; one line names the first key that differs.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        return
+    old, new = _flat(yaml.safe_load(path.read_text()) or {}), _flat(yaml.safe_load(yaml.safe_dump(dict(config))))
+    for key in [*new, *old]:
+        if key.split(".")[-1] != "run_dir" and old.get(key) != new.get(key):
+            raise ValueError(
+                f"{run_dir} holds another experiment: {key} is {old.get(key)!r} there and {new.get(key)!r} now; "
+                "choose another run_dir, or remove that one"
+            )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    nested = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
+    return {key: value for part in nested for key, value in part.items()}
+
+
+@contextmanager
+def working_on(folder: Path) -> Iterator[bool]:
+    """Whether this process may work in `folder`: False while another one does (freed when that one dies)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value, or None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,55 @@
+"""Progress of a whole experiment: one bar over the steps of all its runs, one line a finished run."""
+
+from typing import Any
+
+import lightning.pytorch as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class ExperimentProgress(L.Callback):
+    """A rich bar with the present run and the time left; on no terminal, the lines alone.
+
+    Use as a context; `start` names each run, `finish` prints its line. One update every `every` steps.
+    """
+
+    def __init__(self, runs: int, steps_per_run: int, every: int = 25) -> None:
+        self.console = Console(highlight=False)
+        self.steps_per_run, self.every = steps_per_run, every
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=runs * steps_per_run)
+        self._before = 0
+
+    def __enter__(self) -> "ExperimentProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, name: str) -> None:
+        """A run begins."""
+        self._bar.update(self._task, description=name)
+
+    def finish(self, line: str | None) -> None:
+        """A run is done, now or before; its line is printed if there is one."""
+        self._before += self.steps_per_run
+        self._bar.update(self._task, completed=self._before)
+        if line:
+            self.console.print(line)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self._bar.update(self._task, completed=self._before + trainer.global_step)
