@@ -1,11 +1,17 @@
-"""The command line: `python train.py COMMAND --config FILE [--key value ...]`.
+"""usage: python train.py [COMMAND] --config FILE [--key value ...].
 
-An experiment's name runs that experiment; fit, validate, test and predict are LightningCLI.
+commands:
+  lottery                      winning tickets by iterative magnitude pruning, and their controls
+  fit, validate, test, predict one run under LightningCLI
+
+Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
+COMMAND. Options of a command: python train.py COMMAND --help; its complete config: ... --print_config.
 """
 
 import logging
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 # Bare class names in configs resolve to what is imported here.
 import lottery_callbacks  # noqa: F401
@@ -25,96 +31,121 @@ from lottery_lightning.experiments.store import claim
 from lottery_lightning.tasks import ImageClassifier  # noqa: F401
 
 EXPERIMENTS = {"lottery": Lottery}
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 LIGHTNING = ("fit", "validate", "test", "predict")
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; no arguments run the quickstart.
-
-    Errors that a user can mend are one line on stderr and exit code 1; wrong arguments are exit code 2.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv) or ["lottery", "--config", str(QUICKSTART)]
-    command = next((a for a in arguments if a in EXPERIMENTS or a in LIGHTNING), None)
+    """Run one command and return its exit code; what a user can mend is one line on stderr and code 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--config", str(QUICKSTART)]
+    if arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if arguments[0] == "--version":
+        print(f"lottery-lightning {__version__}")
+        return 0
     try:
-        if command in EXPERIMENTS or command is None:
-            return _experiment(_lift_configs(arguments, command))
-        LightningCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"version": __version__},
-            args=_lift_configs(arguments, command),
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+        command = _command(arguments)
+        options = _unwrap(arguments[arguments[0] == command :], command)
+        if command in EXPERIMENTS:
+            _experiment(command, options)
+        else:
+            _lightning([command, *options])
+    except ArgumentError as error:
+        return _fail(f"{error}; see train.py {arguments[0]} --help")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     return 0
 
 
-def _experiment(arguments: list[str]) -> int:
-    parser = ArgumentParser(prog="train.py", description=__doc__, version=__version__)
-    parser.add_argument("--config", action="config", help="a YAML whose top key names the command")
-    commands = parser.add_subcommands(dest="command")
-    for name, experiment in EXPERIMENTS.items():
-        sub = ArgumentParser()
-        sub.add_argument("--config", action="config", help="a YAML of the experiment, with or without its top key")
-        sub.add_class_arguments(experiment)
-        commands.add_subcommand(name, sub)
-    config = parser.parse_args(arguments)
-    name = config.command
-    quiet()
-    claim(Path(config[name].run_dir), _identity(parser, config, name))
-    EXPERIMENTS[name](**_instances(parser, config, name)).run()
-    return 0
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
 
 
-def _identity(parser: ArgumentParser, config: Any, name: str) -> dict[str, Any]:
-    chosen = yaml.safe_load(parser.dump(config))[name]
-    return {name: {key: value for key, value in chosen.items() if key != "config"}}
+def _command(arguments: Sequence[str]) -> str:
+    known = (*EXPERIMENTS, *LIGHTNING)
+    command = arguments[0]
+    if command == "--config" and len(arguments) > 1:
+        command = next(iter(_read(arguments[1])), "")
+        if command not in known:
+            raise ValueError(f"the top key of {arguments[1]} is {command!r} and no command: {', '.join(known)}")
+    if command not in known:
+        raise ValueError(f"{command!r} is no command: choose {', '.join(known)}")
+    return command
 
 
-def _instances(parser: ArgumentParser, config: Any, name: str) -> dict[str, Any]:
-    instantiated = parser.instantiate(config)[name]
-    return {key: value for key, value in vars(instantiated).items() if key != "config"}
+def _unwrap(arguments: Sequence[str], command: str) -> list[str]:
+    """Options with each config that has the command as its only top key replaced by what is below it."""
+    options = list(arguments)
+    for position, word in enumerate(options[1:], start=1):
+        if options[position - 1] == "--config" and set(content := _read(word)) == {command}:
+            options[position] = yaml.safe_dump(content[command])
+    return options
 
 
-def _lift_configs(arguments: list[str], command: str | None) -> list[str]:
-    """Move configs whose top key is the command in front of it, where the parser expects such."""
-    lifted, rest, position = [], [], 0
-    while position < len(arguments):
-        word = arguments[position]
-        path = arguments[position + 1] if word == "--config" and position + 1 < len(arguments) else None
-        path = word.removeprefix("--config=") if word.startswith("--config=") else path
-        taken = 2 if word == "--config" and path is not None else 1
-        (lifted if path is not None and _top_key(path) == command else rest).extend(arguments[position : position + taken])
-        position += taken
-    return lifted + rest
-
-
-def _top_key(path: str) -> str | None:
-    """The only top key of a YAML file, if it has one such."""
+def _read(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"config {path} does not exist: give the path of a YAML file")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"config {path} is no YAML: {error}") from error
-    return next(iter(content)) if isinstance(content, dict) and len(content) == 1 else None
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} holds no keys: its top key names the command")
+    return content
+
+
+def _experiment(name: str, options: list[str]) -> None:
+    parser = ArgumentParser(prog=f"train.py {name}", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; later options override it")
+    parser.add_class_arguments(EXPERIMENTS[name])
+    config = parser.parse_args(options)
+    identity = yaml.safe_load(parser.dump(config))
+    quiet()
+    arguments = {key: value for key, value in vars(parser.instantiate(config)).items() if key != "config"}
+    experiment = EXPERIMENTS[name](**arguments)  # checks its arguments before the folder is claimed
+    claim(experiment.run_dir, {name: {key: value for key, value in identity.items() if key != "config"}})
+    experiment.run()
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the complete config of a fit beside its logs; evaluations leave nothing behind."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+def _lightning(arguments: list[str]) -> None:
+    one_line: dict[str, Any] = {"exit_on_error": False}
+    warnings.filterwarnings("ignore", r"LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", r"(?s).*was deprecated in v4.*removed in v5.*")  # Lightning's use of jsonargparse
+    LightningCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs=one_line | dict.fromkeys(LIGHTNING, one_line),
+        args=arguments,
+    )
 
 
 def quiet() -> None:
     """Leave the terminal to the experiment's own lines: silence Lightning's notes on each of its many fits."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
-        r".*does not have many workers.*",
         r"Checkpoint directory .* exists and is not empty.*",
-        r".*litlogger.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*in eval mode at the start of training.*",
         r"GPU available but not used.*",
     ):
         warnings.filterwarnings("ignore", message)

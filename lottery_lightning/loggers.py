@@ -6,7 +6,9 @@ from typing import Literal
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
-def make_logger(kind: Literal["none", "csv", "wandb"], folder: Path, project: str, group: str, name: str) -> Logger | bool:
+def make_logger(
+    kind: Literal["none", "csv", "wandb"], folder: Path, project: str, group: str, name: str
+) -> Logger | bool:
     """The logger of one run, writing below `folder` alone; False for none.
 
     W&B: one run a level, in one group a trial. Nothing needs an account: `WANDB_MODE=offline` keeps it on disk.
@@ -21,7 +23,15 @@ def make_logger(kind: Literal["none", "csv", "wandb"], folder: Path, project: st
         return CSVLogger(folder, name="logs")
     if kind == "wandb":
         try:
-            return WandbLogger(name=name, save_dir=folder, project=project, group=group, reinit="finish_previous")
+            return WandbLogger(name=name, save_dir=folder, project=project, group=group)
         except ModuleNotFoundError as error:
             raise ValueError("logger='wandb' needs wandb: pip install 'lottery-lightning[wandb]'") from error
     raise ValueError(f"logger={kind!r} is not known: choose none, csv or wandb")
+
+
+def close(logger: Logger | bool | None) -> None:
+    """End a run's logging, so that the next run gets a dashboard of its own."""
+    if isinstance(logger, Logger):
+        logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()

@@ -46,7 +46,7 @@ class ExperimentProgress(L.Callback):
         self._before += self.steps_per_run
         self._bar.update(self._task, completed=self._before)
         if line:
-            self.console.print(line)
+            self.console.print(line, soft_wrap=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

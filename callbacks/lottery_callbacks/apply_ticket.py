@@ -109,8 +109,8 @@ def reinitialise(module: nn.Module, seed: int) -> None:
     with random_state.forked():
         torch.manual_seed(seed)
         for part in reversed(list(module.modules())):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+            if callable(reset := getattr(part, "reset_parameters", None)):
+                reset()
     for parameter, value in frozen.items():
         parameter.copy_(value)
 

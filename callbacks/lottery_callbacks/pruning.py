@@ -94,7 +94,9 @@ class Pruning:
         ):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"{what} names {pattern!r}, which is no prunable layer: there are {describe(names)}")
+                    raise ValueError(
+                        f"{what} names {pattern!r}, which is no prunable layer: there are {describe(names)}"
+                    )
         if not prunable:
             raise ValueError("nothing to prune: no trainable weight matrix is left; name parameters in `include`")
 

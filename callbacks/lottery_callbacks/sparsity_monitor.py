@@ -24,7 +24,8 @@ class SparsityMonitor(L.Callback):
         self.densities: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        masks = next((c.masks for c in trainer.callbacks if isinstance(c, MaskedTraining)), {})
+        callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        masks = next((callback.masks for callback in callbacks if isinstance(callback, MaskedTraining)), {})
         if not masks:
             return
         kept = M.kept(masks)

@@ -16,9 +16,9 @@ class Digits(TensorDataModule):
     def load(self) -> Mapping[str, Split]:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-        labels = torch.tensor(digits.target, dtype=torch.int64)
+        pixels, target = load_digits(return_X_y=True)
+        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+        labels = torch.tensor(target, dtype=torch.int64)
         rest, test = hold_out(images, labels, 400, seed=0)  # the same test set whatever split_seed is
         train, val = hold_out(*rest, 200, self.split_seed)
         return {"train": train, "val": val, "test": test}

@@ -40,7 +40,7 @@ class MNIST(TensorDataModule):
     def load(self) -> Mapping[str, Split]:
         from torchvision import datasets
 
-        sets = {}
+        sets: dict[bool, Split] = {}
         try:
             for train in (True, False):
                 data = datasets.MNIST(self.data_dir, train)

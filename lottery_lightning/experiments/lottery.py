@@ -6,10 +6,10 @@ from typing import Literal
 
 import lightning.pytorch as L
 import torch
+
 from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Pruning, Ticket
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.iterative_magnitude_pruning import Level, Retrain
-
 from lottery_lightning.experiments.lottery_report import report
 from lottery_lightning.experiments.runs import Run, Runner, Training, stable_seed
 from lottery_lightning.experiments.store import working_on
@@ -18,7 +18,7 @@ from lottery_lightning.progress import ExperimentProgress
 Control = Literal["reinit", "random", "one_shot"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rule:
     """How each level is pruned and what the next one starts from.
 
@@ -68,8 +68,8 @@ class Lottery:
         levels: int = 20,
         trials: int = 1,
         controls: dict[Control, int] | None = None,
-        rule: Rule | None = None,
-        training: Training | None = None,
+        rule: Rule = Rule(),
+        training: Training = Training(),
         seed: int = 0,
     ) -> None:
         if levels < 1 or trials < 1:
@@ -77,14 +77,20 @@ class Lottery:
         self.model, self.data = model, data
         self.run_dir = Path(run_dir)
         self.levels, self.trials, self.seed = levels, trials, seed
-        self.controls: dict[Control, int] = controls if controls is not None else {"reinit": 1, "random": 1, "one_shot": 1}
-        self.rule, self.training = rule or Rule(), training or Training()
+        every: dict[Control, int] = {"reinit": 1, "random": 1, "one_shot": 1}
+        self.controls = every if controls is None else controls
+        if unknown := set(self.controls) - set(every):
+            raise ValueError(f"controls names {', '.join(sorted(unknown))}: there are {', '.join(every)}")
+        self.rule, self.training = rule, training
+        rule.pruning.check(model)
+        rewind = self._pruning_of(0).rewind
+        if rewind.unit == "it" and rewind.count > training.max_steps:
+            raise ValueError(f"rule.rewind={rewind} is beyond training.max_steps={training.max_steps}: rewind earlier")
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        self.rule.pruning.check(self.model)
         with ExperimentProgress(self.trials * len(self.plan(0)), self.training.max_steps) as progress:
-            progress.console.print(self._pruning_of(0).plan(self.model))
+            progress.console.print(self._pruning_of(0).plan(self.model), soft_wrap=True)
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,))
             for trial in range(self.trials):
                 with working_on(self._trial_dir(trial)) as mine:
@@ -92,11 +98,12 @@ class Lottery:
                         self._run_trial(trial, runner, progress)
                     else:
                         progress.console.print(f"trial {trial} is left to the process that works on it")
-        torn = [run for trial in range(self.trials) for run in self.plan(trial) if run.record is None]
-        if torn:
-            print(f"{len(torn)} runs are still to be done; the same command goes on, and reports when all are")
+        records = [run.record for trial in range(self.trials) for run in self.plan(trial)]
+        done = [record for record in records if record is not None]
+        if len(done) < len(records):
+            print(f"{len(records) - len(done)} runs are left to another process; the last to finish reports")
             return
-        report([run.record for trial in range(self.trials) for run in self.plan(trial)], self.run_dir, self.training)
+        report(done, self.run_dir, self.training)
 
     def plan(self, trial: int) -> list[Run]:
         """The runs of one trial in the order in which they are done."""

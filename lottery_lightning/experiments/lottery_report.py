@@ -3,24 +3,25 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lottery_callbacks.functional.early_stop import first_iteration_reaching
-from lottery_callbacks.ticket import write_atomically
 from rich.console import Console
 from rich.table import Table
 
+from lottery_callbacks.functional.early_stop import first_iteration_reaching
+from lottery_callbacks.ticket import write_atomically
 from lottery_lightning.experiments.runs import Training
 from lottery_lightning.experiments.store import write_json
 from lottery_lightning.figures import lottery_figure
-from lottery_lightning.loggers import make_logger
+from lottery_lightning.loggers import close, make_logger
 
 Row = dict[str, Any]
 ARMS = {"ticket": "ticket", "reinit": "reinitialised", "random": "random mask", "one_shot": "one-shot"}
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "trial", "level", "arm", "draw", "density", "kept", "early_stop_iteration", "reach_dense_iteration",
     "min_val_loss", "test_acc_early_stop", "test_acc_end",
 )  # fmt: skip
@@ -40,7 +41,7 @@ def report(records: Sequence[Mapping[str, Any]], run_dir: Path, training: Traini
     summary = {"experiment": "lottery", "run_dir": str(run_dir), **found}
     write_json(run_dir / "results.json", summary)
     _log_levels(rows, run_dir, training)
-    Console(highlight=False, width=None if Console().is_terminal else 132).print(level_table(rows))
+    Console(width=None if sys.stdout.isatty() else 120).print(level_table(rows))
     print(f"\n{run_dir / 'results.csv'}, {figure}, tickets in {run_dir}/trial_*/tickets")
     print(sentence(found))
     print(json.dumps(summary))
@@ -82,15 +83,19 @@ def finding(rows: Sequence[Row]) -> dict[str, Any]:
     best = max(levels, key=lambda lv: accuracy[lv])
     matching = [lv for lv in levels if accuracy[lv] >= accuracy[0]]
     last = max(matching, default=best)
+
+    def density(level: int) -> float:
+        return round(select(rows, arm="ticket", level=level)[0]["density"], 5)
+
     found: dict[str, Any] = {
         "trials": len(dense),
         "dense_acc": round(accuracy[0], 5),
-        "best_density": round(select(rows, arm="ticket", level=best)[0]["density"], 5),
+        "best_density": density(best),
         "best_acc": round(accuracy[best], 5),
         "best_minus_dense": summarise(
             paired(rows, "test_acc_early_stop", best, "ticket", lambda row: select(dense, trial=row["trial"]))
         ),
-        "smallest_matching_density": round(select(rows, arm="ticket", level=last)[0]["density"], 5) if matching else None,
+        "smallest_matching_density": density(last) if matching else None,
     }
     for arm in ("reinit", "random", "one_shot"):
         if select(rows, arm=arm, level=last):
@@ -114,11 +119,8 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
 def sentence(found: Mapping[str, Any]) -> str:
     """The finding in one sentence; accuracies are test accuracies at the early-stop iteration."""
     small = found["smallest_matching_density"]
-    text = (
-        f"Tickets keep {small:.1%} of the weights and are still as accurate as the dense network ({found['dense_acc']:.2%})"
-        if small
-        else f"No ticket is as accurate as the dense network ({found['dense_acc']:.2%})"
-    )
+    text = f"Tickets keep {small:.1%} of the weights and are still as accurate" if small else "No ticket is as accurate"
+    text += f" as the dense network ({found['dense_acc']:.2%})"
     gain = found["best_minus_dense"]
     text += (
         f"; the best, at {found['best_density']:.1%}, differs from it by {100 * gain['mean']:+.2f} points"
@@ -134,22 +136,24 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def level_table(rows: Sequence[Row]) -> Table:
-    """One row a level: means over trials; accuracies are in percent, at the early stop / at the end."""
-    table = Table(title="test accuracy in % at the early-stop iteration / at the end of training, mean over trials")
+    """One row a level, one column an arm: means over trials and draws."""
+    table = Table(title="early-stop iteration · test accuracy there / at the end of training (%), means over trials")
     arms = [arm for arm in ARMS if select(rows, arm=arm)]
-    for name in ("level", "density %", *(f"{ARMS[arm]}\nearly stop" for arm in arms), *(f"{ARMS[a]}\naccuracy" for a in arms)):
-        table.add_column(name, justify="right")
+    for name in ("level", "density %", *(ARMS[arm] for arm in arms)):
+        table.add_column(name, justify="right", no_wrap=True)
     for level in sorted({row["level"] for row in rows}):
-        cells = {arm: select(rows, level=level, arm=arm) for arm in arms}
-        stops = [f"{mean(r['early_stop_iteration'] for r in c):,.0f}" if c else "" for c in cells.values()]
-        accuracies = [
-            f"{100 * mean(r['test_acc_early_stop'] for r in c):.2f} / {100 * mean(r['test_acc_end'] for r in c):.2f}"
-            if c
-            else ""
-            for c in cells.values()
-        ]
-        table.add_row(str(level), f"{100 * cells['ticket'][0]['density']:.1f}", *stops, *accuracies)
+        cells = [select(rows, level=level, arm=arm) for arm in arms]
+        table.add_row(str(level), f"{100 * cells[0][0]['density']:.1f}", *(_cell(cell) for cell in cells))
     return table
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    stop, early, end = (
+        mean(r[k] for r in rows) for k in ("early_stop_iteration", "test_acc_early_stop", "test_acc_end")
+    )
+    return f"{stop:,.0f} · {100 * early:.2f} / {100 * end:.2f}"
 
 
 def _log_levels(rows: Sequence[Row], run_dir: Path, training: Training) -> None:
@@ -165,4 +169,4 @@ def _log_levels(rows: Sequence[Row], run_dir: Path, training: Training) -> None:
                 values[f"{arm}/test_acc_end"] = mean(r["test_acc_end"] for r in cell)
                 values[f"{arm}/early_stop_iteration"] = mean(r["early_stop_iteration"] for r in cell)
         logger.log_metrics(values, step=level)
-    logger.finalize("success")
+    close(logger)

@@ -1,6 +1,7 @@
 """One run: one fit in one folder, its tests, and the record that says it is done."""
 
 import copy
+import inspect
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -10,16 +11,16 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
 from lottery_callbacks import ResumeCheckpoint, SparsityMonitor, ValidationCurve, newest_checkpoint
 from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
-
 from lottery_lightning.experiments.store import read_json, write_json
-from lottery_lightning.loggers import make_logger
+from lottery_lightning.loggers import close, make_logger
 
 
-@dataclass
+@dataclass(frozen=True)
 class Training:
     """How each run of an experiment trains.
 
@@ -44,6 +45,9 @@ class Training:
             raise ValueError(
                 f"val_every={self.val_every} must divide max_steps={self.max_steps}, so that the last step is validated"
             )
+        known = inspect.signature(L.Trainer).parameters
+        if unknown := set(self.trainer) - set(known):
+            raise ValueError(f"training.trainer names {', '.join(sorted(unknown))}: no argument of Trainer")
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Runner:
         """
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
-            self.data.data_seed = seed
+            self.data.data_seed = seed  # pyright: ignore[reportAttributeAccessIssue]
         L.seed_everything(stable_seed(seed, run.level, run.arm, run.draw), verbose=False)
         folder, curve = run.run_dir, ValidationCurve()
         best = ModelCheckpoint(
@@ -127,6 +131,7 @@ class Runner:
             "test_acc_end": at_end,
             "curve": curve.rows,
         }
+        close(trainer.logger)
         write_json(folder / "result.json", record)
         shutil.rmtree(folder / "resume", ignore_errors=True)
         return record
@@ -148,10 +153,7 @@ class Runner:
             "default_root_dir": run.run_dir,
             "callbacks": callbacks,
         }
-        try:
-            return L.Trainer(**options | self.training.trainer)
-        except TypeError as error:
-            raise ValueError(f"training.trainer has an argument that Trainer does not know: {error}") from error
+        return L.Trainer(**options | self.training.trainer)
 
     def _test(self, trainer: L.Trainer, model: L.LightningModule, checkpoint: Path) -> float:
         return float(trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)[0]["test/acc"])

@@ -1,5 +1,6 @@
 """Dense networks of any widths."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Dense(nn.Module):
         if len(widths) < 2:
             raise ValueError(f"widths={list(widths)} makes no layer: give input and output, as in [784, 300, 100, 10]")
         inner = list(widths[:-1])
-        self.hidden = nn.ModuleList(nn.Linear(i, o, bias) for i, o in zip(inner, inner[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(i, o, bias) for i, o in itertools.pairwise(inner))
         self.output = nn.Linear(inner[-1], widths[-1], bias)
         self.init: Initialisation = init
         self.reset_parameters()
