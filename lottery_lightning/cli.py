@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _command(arguments)
         options = _unwrap(arguments[arguments[0] == command :], command)
         if command in EXPERIMENTS:
-            _experiment(command, options)
-        else:
-            _lightning([command, *options])
+            return _experiment(command, options)
+        _lightning([command, *options])
     except ArgumentError as error:
         return _fail(f"{error}; see train.py {arguments[0]} --help")
     except (ValueError, OSError) as error:
@@ -100,7 +99,7 @@ def _read(path: str) -> dict[str, Any]:
     return content
 
 
-def _experiment(name: str, options: list[str]) -> None:
+def _experiment(name: str, options: list[str]) -> int:
     parser = ArgumentParser(prog=f"train.py {name}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; later options override it")
     parser.add_class_arguments(EXPERIMENTS[name])
@@ -110,7 +109,12 @@ def _experiment(name: str, options: list[str]) -> None:
     arguments = {key: value for key, value in vars(parser.instantiate(config)).items() if key != "config"}
     experiment = EXPERIMENTS[name](**arguments)  # checks its arguments before the folder is claimed
     claim(experiment.run_dir, {name: {key: value for key, value in identity.items() if key != "config"}})
-    experiment.run()
+    try:
+        experiment.run()
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns an interrupted fit into an exit
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 class SaveFitConfig(SaveConfigCallback):

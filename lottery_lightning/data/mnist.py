@@ -29,6 +29,8 @@ class MNIST(TensorDataModule):
 
     def prepare_data(self) -> None:
         """Download what is missing."""
+        if self.splits:  # read already: Lightning asks again before each fit and test
+            return
         from torchvision import datasets
 
         try:

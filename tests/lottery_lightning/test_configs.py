@@ -24,7 +24,8 @@ def mnist_files(tmp_path_factory):
         labels = draw.integers(0, 10, size, dtype=np.uint8)
         header = np.array([0x803, size, 28, 28], dtype=">i4").tobytes()
         (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, size], dtype=">i4").tobytes() + labels.tobytes())
+        header = np.array([0x801, size], dtype=">i4").tobytes()
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
     return folder
 
 

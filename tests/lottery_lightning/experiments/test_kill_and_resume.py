@@ -101,9 +101,7 @@ def test_tickets_weights_and_tables_are_bitwise_those_of_the_unbroken_run(runs):
     finals = {name for name in names if name.name in ("final.ckpt", "best.ckpt")}
     assert len(finals) == 10
     for name in finals:
-        whole, torn = (
-            torch.load(folder / side / name, weights_only=True)["state_dict"] for side in ("whole", "torn")
-        )
+        whole, torn = (torch.load(folder / side / name, weights_only=True)["state_dict"] for side in ("whole", "torn"))
         assert whole.keys() == torn.keys()
         assert all(torch.equal(whole[key], torn[key]) for key in whole), name
 
