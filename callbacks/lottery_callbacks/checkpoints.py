@@ -2,10 +2,11 @@
 
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 
@@ -15,8 +16,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A file that cannot be read whole (a killed writer, a full disk) is passed over with a warning; one that holds
     weights alone is no place to resume from. Nothing is unpickled: the archive's own checksums are verified.
     """
-    newest_first = sorted(Path(folder).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in newest_first:
+    for path in _newest_first(Path(folder).rglob("*.ckpt")):
         try:
             with zipfile.ZipFile(path) as archive:
                 torn = archive.testzip()
@@ -30,10 +30,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-class ResumeCheckpoint(ModelCheckpoint):
+class ResumeCheckpoint(Checkpoint):
     """Keeps the two newest checkpoints, each written at the end of a validation.
 
     There a resumed fit repeats no validation and skips none, so its records are those of an unbroken run.
+    Lightning runs it after all other callbacks, so that each checkpoint holds their state of that validation.
 
     Args:
         dirpath: where to keep them.
@@ -41,19 +42,22 @@ class ResumeCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | Path, seconds: float = 30.0) -> None:
-        super().__init__(
-            dirpath,
-            filename="resume-{step}",
-            monitor="step",
-            mode="max",
-            save_top_k=2,
-            every_n_epochs=1,
-            save_on_train_epoch_end=False,
-        )
+        self.dirpath = Path(dirpath)
         self.seconds = seconds
         self._written_at = time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if time.monotonic() - self._written_at >= self.seconds:
-            super().on_validation_end(trainer, pl_module)
-            self._written_at = time.monotonic()
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        due = trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.seconds)
+        if not due:
+            return
+        trainer.save_checkpoint(self.dirpath / f"resume-step={trainer.global_step}.ckpt")
+        self._written_at = time.monotonic()
+        if trainer.is_global_zero:
+            for old in _newest_first(self.dirpath.glob("resume-*.ckpt"))[2:]:
+                old.unlink()
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)

@@ -142,10 +142,13 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     def _start_dense(self, trainer: L.Trainer, module: nn.Module) -> None:
         self.masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self.pruning.prunable(module).items()}
-        resumes = self.resumes(trainer)
-        if not resumes:
-            rank_zero_info(self.plan(module))
-        if self.rewind.count == 0 and not resumes:
+        self.ticket = None
+        if self.resumes(trainer):
+            if not self.rewind.count:
+                self.ticket = Ticket.load(self.ticket_path(0))
+            return
+        rank_zero_info(self.plan(module))
+        if not self.rewind.count:
             self._capture(trainer, module)
 
     def plan(self, module: nn.Module) -> str:
@@ -159,20 +162,22 @@ class IterativeMagnitudePruning(MaskedTraining):
         self._capture_at = None
         if self.level or not self.rewind.count:
             return
-        self._capture_at = self._rewind_iteration(trainer)
+        self._capture_at = self._rewind_iteration(trainer, pl_module)
         if trainer.global_step >= self._capture_at:  # a resumed fit that has passed it: captured already
             self.ticket = Ticket.load(self.ticket_path(0))
 
-    def _rewind_iteration(self, trainer: L.Trainer) -> int:
+    def _rewind_iteration(self, trainer: L.Trainer, module: L.LightningModule) -> int:
+        """Step k in optimizer steps; with several steps a visit an epoch's is known only when it ends."""
         batches = trainer.num_training_batches
         if self.rewind.unit == "ep" and math.isinf(batches):
             raise ValueError(f"rewind={self.rewind} needs a loader with a length: give iterations, as in '500it'")
         per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
         at = self.rewind.in_iterations(per_epoch)
-        last = trainer.max_steps if trainer.max_steps > 0 else per_epoch * (trainer.max_epochs or 0)
+        limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
+        last = min((limit for limit in limits if limit > 0), default=at)
         if getattr(trainer, "fast_dev_run", False):
             return min(at, last)
-        if 0 < last < at:
+        if last < at and module.automatic_optimization:
             raise ValueError(
                 f"rewind={self.rewind} is step {at}, beyond the run's last step {last}: rewind earlier or train longer"
             )
@@ -181,7 +186,10 @@ class IterativeMagnitudePruning(MaskedTraining):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._capture_at is not None and self.ticket is None and trainer.global_step >= self._capture_at:
+        if self._capture_at is None or self.ticket is not None or trainer.global_step < self._capture_at:
+            return
+        ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 >= self.rewind.count
+        if self.rewind.unit == "it" or ends_epoch or getattr(trainer, "fast_dev_run", False):
             self._capture(trainer, pl_module)
 
     def _capture(self, trainer: L.Trainer, module: nn.Module) -> None:

@@ -33,16 +33,22 @@ class MaskedTraining(L.Callback):
         self.fit_masks: M.Masks = {}
         self._bits: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
+        self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._resumed = {}  # a checkpoint's state, if any, is loaded after this
 
     def resumes(self, trainer: L.Trainer) -> bool:
         """Whether this fit goes on from a checkpoint; if so the random state is set to the checkpoint's.
 
         Raises:
-            ValueError: the checkpoint holds no mask, or another one than `self.masks`.
+            ValueError: the checkpoint holds no mask, or another one than `self.masks`; or the Trainer is used twice.
         """
-        state, self._resumed = self._resumed, {}
+        state = self._resumed
         if not state and not trainer.ckpt_path:
+            if trainer.global_step:
+                raise ValueError("this Trainer has trained already: make a new Trainer for each level")
             return False
         if not state:
             raise ValueError(
@@ -76,18 +82,26 @@ class MaskedTraining(L.Callback):
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
         if self._bits:
             self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+            if not pl_module.automatic_optimization:  # its steps may pass by on_before_optimizer_step
+                self._handles += [o.register_step_pre_hook(self._mask_gradients) for o in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        self._mask_gradients()
+
+    def _mask_gradients(self, *_: Any) -> None:
         for parameter, bits in self._bits.items():
             if parameter.grad is not None:
                 M.zero_pruned_(parameter.grad, bits)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._bits:
-                    elementwise_state(optimizer, parameter)  # refuses what cannot be masked
-                    M.zero_pruned_(parameter, self._bits[parameter])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if optimizer not in self._checked:  # its state exists since its first step
+            self._checked.add(optimizer)
+            for parameter in parameters:
+                elementwise_state(optimizer, parameter)
+        for parameter in parameters:
+            if parameter in self._bits:
+                M.zero_pruned_(parameter, self._bits[parameter])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
@@ -98,10 +112,10 @@ class MaskedTraining(L.Callback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._bits = [], {}
+        self._handles, self._bits, self._checked = [], {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self.masks), "random_state": random_state.collect()}
+        return {"masks": dict(self.fit_masks), "random_state": random_state.collect()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

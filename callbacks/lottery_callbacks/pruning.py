@@ -73,7 +73,7 @@ class Pruning:
         owner_module = module.get_submodule(owner)
         if isinstance(owner_module, NORMS):
             return "norm layer"
-        if isinstance(owner_module, nn.Embedding):
+        if isinstance(owner_module, nn.Embedding | nn.EmbeddingBag):
             return "embedding"
         if "bias" in leaf or parameter.ndim < 2 or "weight" not in leaf:
             return "bias" if "bias" in leaf else "no weight matrix"
@@ -97,6 +97,8 @@ class Pruning:
                     raise ValueError(
                         f"{what} names {pattern!r}, which is no prunable layer: there are {describe(names)}"
                     )
+        if self.rates and self.scope != "layerwise":
+            raise ValueError(f"rates per layer need scope='layerwise'; with scope={self.scope!r} use `exclude`")
         if not prunable:
             raise ValueError("nothing to prune: no trainable weight matrix is left; name parameters in `include`")
 

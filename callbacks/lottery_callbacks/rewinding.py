@@ -22,7 +22,8 @@ class RewindPoint:
             them, so that a level goes on from step k with its learning rate, schedule and place in the data.
             Empty for k = 0: a fresh fit is that state.
 
-    Random number generators are not part of it: each level has SGD noise of its own.
+    Random number generators are not part of it: each level has SGD noise of its own. Where step k ends an epoch,
+    the state is that after the optimizer's and the schedulers' step, before a `ReduceLROnPlateau` sees the epoch.
     """
 
     step: int
@@ -71,7 +72,7 @@ def check_same_architecture(ticket: Mapping[str, torch.Size], module: Mapping[st
     Raises:
         ValueError: one line that names the first difference.
     """
-    for name in ticket.keys() | module.keys():
+    for name in [*module, *ticket]:
         if ticket.get(name) != module.get(name):
             there, here = (tuple(s[name]) if name in s else "absent" for s in (ticket, module))
             raise ValueError(
@@ -108,12 +109,30 @@ def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
     if state.get("precision"):
         trainer.precision_plugin.load_state_dict(state["precision"])
     if "loops" in state:
-        trainer.fit_loop.load_state_dict(state["loops"])
+        _load_loops(trainer, state["loops"])
     if "learning_rates" in state:
         trainer.lr_scheduler_configs.clear()
         for optimizer, rates in zip(trainer.optimizers, state["learning_rates"], strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+
+def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:
+    """Go on after the batch of step k; where it ended an epoch, begin the next one as an unbroken fit does.
+
+    Lightning's own restart from the last batch of an epoch skips `on_train_epoch_start` and leaves the epoch
+    counters uneven, so that a second restart would misread them.
+    """
+    loop = trainer.fit_loop
+    ends_epoch = state["epoch_loop.batch_progress"]["is_last_batch"]
+    if ends_epoch:
+        state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    loop.load_state_dict(state)
+    if ends_epoch:
+        loop.epoch_loop.batch_progress.increment_completed()
+        loop.epoch_progress.increment_processed()
+        loop.epoch_progress.increment_completed()
+        loop.epoch_loop.restarting = False
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -108,20 +108,28 @@ class Ticket:
         """
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("ticket", "{}"))
+                text = (file.metadata() or {}).get("ticket", "")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is missing or torn ({error}): restore it, or find the ticket again") from error
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is no ticket of format {FORMAT}: give a file of a run's tickets/ folder")
+        try:
+            header = json.loads(text)
+            if header["format"] != FORMAT:
+                raise ValueError(header["format"])
+            training = _give_tensors(header["training"], tensors)
+            step, provenance = header["step"], header["provenance"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no ticket of format {FORMAT}: give a file of a run's tickets/ folder"
+            ) from error
         return cls(
             masks={key.removeprefix("mask/"): t for key, t in tensors.items() if key.startswith("mask/")},
             rewind=RewindPoint(
-                step=header["step"],
+                step=step,
                 tensors={key.removeprefix("rewind/"): t for key, t in tensors.items() if key.startswith("rewind/")},
-                training=_give_tensors(header["training"], tensors),
+                training=training,
             ),
-            provenance=header["provenance"],
+            provenance=provenance,
         )
 
 
@@ -146,8 +154,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors moved into `tensors`; dicts become pair lists, since keys may be integers."""
     if isinstance(value, Tensor):
-        tensors[path] = value
-        return {"tensor": path}
+        name = f"training/{len(tensors)}"
+        tensors[name] = value
+        return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _take_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):

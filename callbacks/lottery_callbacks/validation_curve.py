@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from lottery_callbacks.functional.early_stop import early_stop_iteration, first_iteration_reaching
+from lottery_callbacks.functional.early_stop import early_stop_iteration, first_iteration_reaching, lowest
 
 
 class ValidationCurve(L.Callback):
@@ -52,7 +52,7 @@ class ValidationCurve(L.Callback):
     @property
     def minimum(self) -> float:
         """The minimum validation loss."""
-        return min(self._loss_curve()[1])
+        return lowest(self._loss_curve()[1])
 
     def _loss_curve(self) -> tuple[list[int], list[float]]:
         return [int(row["iteration"]) for row in self.rows], [row[self.loss] for row in self.rows]

@@ -1,6 +1,7 @@
 """One run: one fit in one folder, its tests, and the record that says it is done."""
 
 import copy
+import gc
 import inspect
 import random
 import shutil
@@ -81,6 +82,7 @@ class Runner:
         callbacks: tuple[L.Callback, ...] = (),
     ) -> None:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
+        self._done = 0
         if training.threads:
             torch.set_num_threads(training.threads)
 
@@ -134,6 +136,9 @@ class Runner:
         close(trainer.logger)
         write_json(folder / "result.json", record)
         shutil.rmtree(folder / "resume", ignore_errors=True)
+        self._done += 1
+        if self._done % 10 == 0:  # trainers and models hold each other: they go only when cycles are collected
+            gc.collect()
         return record
 
     def checkpoint(self, run: Run) -> Path | None:
