@@ -124,7 +124,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     gain = found["best_minus_dense"]
     text += (
         f"; the best, at {found['best_density']:.1%}, differs from it by {100 * gain['mean']:+.2f} points"
-        f" ({100 * gain['min']:+.2f} to {100 * gain['max']:+.2f} over {found['trials']} trial(s))"
+        f" ({100 * gain['min']:+.2f} to {100 * gain['max']:+.2f}, trials: {found['trials']})"
     )
     arms = [(arm, found[f"ticket_minus_{arm}"]["mean"]) for arm in ARMS if f"ticket_minus_{arm}" in found]
     if arms:
