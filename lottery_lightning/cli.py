@@ -6,9 +6,11 @@ commands:
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
 COMMAND. Options of a command: python train.py COMMAND --help; its complete config: ... --print_config.
+Errors are one line; LOTTERY_DEBUG=1 shows where they come from.
 """
 
 import logging
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -19,6 +21,7 @@ from typing import Any
 import lightning.pytorch as L
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 # Bare class names in configs resolve to what is imported here.
@@ -38,12 +41,14 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can mend is one line on stderr and code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--config", str(QUICKSTART)]
+    arguments = [word for given in arguments for word in _apart(given)]
     if arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
     if arguments[0] == "--version":
         print(f"lottery-lightning {__version__}")
         return 0
+    command = arguments[0]
     try:
         command = _command(arguments)
         options = _unwrap(arguments[arguments[0] == command :], command)
@@ -51,14 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _experiment(command, options)
         _lightning([command, *options])
     except ArgumentError as error:
-        return _fail(f"{error}; see train.py {arguments[0]} --help")
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:
+        return _fail(f"{error}; see train.py {command} --help")
+    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        if os.environ.get("LOTTERY_DEBUG"):
             raise
         return _fail(str(error))
     return 0
+
+
+def _apart(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _fail(message: str) -> int:
@@ -79,11 +86,15 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _unwrap(arguments: Sequence[str], command: str) -> list[str]:
-    """Options with each config that has the command as its only top key replaced by what is below it."""
+    """Options with each config that has the command as its only top key replaced by what is below it.
+
+    A config of `fit` serves `validate`, `test` and `predict` too.
+    """
     options = list(arguments)
+    same = LIGHTNING if command in LIGHTNING else (command,)
     for position, word in enumerate(options[1:], start=1):
-        if options[position - 1] == "--config" and set(content := _read(word)) == {command}:
-            options[position] = yaml.safe_dump(content[command])
+        if options[position - 1] == "--config" and len(content := _read(word)) == 1 and next(iter(content)) in same:
+            options[position] = yaml.safe_dump(next(iter(content.values())))
     return options
 
 
@@ -106,6 +117,7 @@ def _experiment(name: str, options: list[str]) -> int:
     config = parser.parse_args(options)
     identity = yaml.safe_load(parser.dump(config))
     quiet()
+    L.seed_everything(config.seed, verbose=False)  # for what `reset_parameters` leaves: frozen weights, buffers
     arguments = {key: value for key, value in vars(parser.instantiate(config)).items() if key != "config"}
     experiment = EXPERIMENTS[name](**arguments)  # checks its arguments before the folder is claimed
     claim(experiment.run_dir, {name: {key: value for key, value in identity.items() if key != "config"}})

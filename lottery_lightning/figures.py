@@ -58,9 +58,7 @@ def lottery_figure(rows: Sequence[dict[str, Any]], max_steps: int) -> bytes:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, loc="lower left")
-    figure.suptitle(
-        f"{max_steps:,} iterations a level, {trials} trial{'s' if trials > 1 else ''}: mean, bars from min to max; grey: dense"
-    )
+    figure.suptitle(f"{max_steps:,} iterations a level; trials: {trials}; mean, bars from min to max; grey: dense")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,5 +1,6 @@
 """Loggers for experiments: the one place that knows W&B."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,8 @@ def make_logger(
         return CSVLogger(folder, name="logs")
     if kind == "wandb":
         try:
-            return WandbLogger(name=name, save_dir=folder, project=project, group=group)
+            own = hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its own
+            return WandbLogger(name=name, save_dir=folder, project=project, group=group, id=own, resume="allow")
         except ModuleNotFoundError as error:
             raise ValueError("logger='wandb' needs wandb: pip install 'lottery-lightning[wandb]'") from error
     raise ValueError(f"logger={kind!r} is not known: choose none, csv or wandb")

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ExperimentProgress(L.Callback):
@@ -18,12 +18,10 @@ class ExperimentProgress(L.Callback):
         self.steps_per_run, self.every = steps_per_run, every
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("steps, elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("steps, left"),
+            TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )

@@ -29,8 +29,9 @@ for module in pkgutil.walk_packages(lottery_callbacks.__path__, "lottery_callbac
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        # Without further flags `build` makes the sdist and then the wheel from it.
-        subprocess.run([sys.executable, "-m", "build", "--outdir", folder, str(ROOT)], check=True, capture_output=True)
+        # Named neither sdist nor wheel, `build` makes the sdist and then the wheel from it.
+        build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, str(ROOT)]
+        subprocess.run(build, check=True, capture_output=True)
         (wheel,) = Path(folder).glob("*.whl")
         top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     top = {name for name in top if not name.endswith(".dist-info")}

@@ -15,7 +15,7 @@ from lottery_lightning.tasks import ImageClassifier
 ROOT = Path(__file__).parents[1]
 SMALL = {
     r"50_000": "6",
-    r"max_epochs=\d+": "max_epochs=1",
+    r"max_epochs=\d+": "max_epochs=2",
     r"levels\(\d+\)": "levels(2)",
     r"level_\d\d": "level_02",
     r'"500it"': '"5it"',

@@ -1,16 +1,16 @@
 """Train a ticket, or a control of it, in one ordinary fit."""
 
 import os
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lottery_callbacks import random_state
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.messages import describe, one_of
 from lottery_callbacks.ticket import Ticket
 
 Weights = Literal["rewind", "reinit"]
@@ -22,7 +22,8 @@ class ApplyTicket(MaskedTraining):
 
     At the start of the fit the module takes the rewind point under the mask, W = mask * W_k, with the optimizer,
     schedulers and loops of step k; then it trains as any other, with the pruned weights held at zero (see
-    `MaskedTraining`). Checkpoints are sparse and load into the plain network.
+    `MaskedTraining`). Checkpoints are sparse and load into the plain network. For k > 0 the learning rate, momentum
+    and weight decay are those of step k as well, whatever the module asks for.
 
     Args:
         ticket: a `Ticket`, or the path of one.
@@ -49,6 +50,7 @@ class ApplyTicket(MaskedTraining):
         self.weights = one_of("weights", weights, ("rewind", "reinit"))
         self.mask = one_of("mask", mask, ("ticket", "shuffled", "random"))
         self.seed = seed
+        self.level = self.ticket.level
         self.masks = self._draw_masks()
 
     def _draw_masks(self) -> M.Masks:
@@ -68,7 +70,6 @@ class ApplyTicket(MaskedTraining):
         else:
             start_from(self.ticket, trainer, pl_module, resumes)
         self.apply_masks(trainer, pl_module)
-        set_level(trainer, self.ticket.level)
 
 
 def start_from(ticket: Ticket, trainer: L.Trainer, module: nn.Module, resumes: bool) -> None:
@@ -78,15 +79,6 @@ def start_from(ticket: Ticket, trainer: L.Trainer, module: nn.Module, resumes: b
         ticket.rewind.restore(trainer, module)
     elif "learning_rates" in ticket.rewind.training:
         trainer.lr_scheduler_configs.clear()  # fine-tuning: the checkpoint holds the rate, and no schedule
-
-
-def set_level(trainer: L.Trainer, level: int) -> None:
-    """Tell the data module which level this is, so that each has its own order; like a sampler's `set_epoch`."""
-    setter = getattr(getattr(trainer, "datamodule", None), "set_level", None)
-    if callable(setter):
-        setter(level)
-    elif level:
-        rank_zero_info("the data has no set_level(level): its order is its own affair; seed it before each level")
 
 
 @torch.no_grad()
@@ -105,7 +97,7 @@ def reinitialise(module: nn.Module, seed: int) -> None:
         if parameter not in frozen and not any(hasattr(m, "reset_parameters") for m in _lineage(module, name))
     ]
     if missing:
-        raise ValueError(f"cannot reinitialise {M.describe(missing)}: give the module that owns it reset_parameters()")
+        raise ValueError(f"cannot reinitialise {describe(missing)}: give the module that owns it reset_parameters()")
     with random_state.forked():
         torch.manual_seed(seed)
         for part in reversed(list(module.modules())):
@@ -118,10 +110,3 @@ def reinitialise(module: nn.Module, seed: int) -> None:
 def _lineage(module: nn.Module, parameter: str) -> list[nn.Module]:
     path = parameter.split(".")[:-1]
     return [module.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> Any:
-    """`value`, or a ValueError that lists the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}")
-    return value

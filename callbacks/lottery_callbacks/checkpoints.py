@@ -34,12 +34,15 @@ class ResumeCheckpoint(Checkpoint):
     """Keeps the two newest checkpoints, each written at the end of a validation.
 
     There a resumed fit repeats no validation and skips none, so its records are those of an unbroken run.
-    Lightning runs it after all other callbacks, so that each checkpoint holds their state of that validation.
+    Lightning runs it after all other callbacks, so that each checkpoint holds their state of that validation. List it
+    after a `ModelCheckpoint`, whose best file is then what `ckpt_path="best"` means.
 
     Args:
         dirpath: where to keep them.
         seconds: least time between two; 0 writes one at each validation.
     """
+
+    best_model_path = ""
 
     def __init__(self, dirpath: str | Path, seconds: float = 30.0) -> None:
         self.dirpath = Path(dirpath)

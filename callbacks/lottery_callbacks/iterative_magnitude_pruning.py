@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lottery_callbacks.apply_ticket import one_of, set_level, start_from
+from lottery_callbacks.apply_ticket import start_from
 from lottery_callbacks.checkpoints import newest_checkpoint
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.messages import one_of
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint, snapshot
 from lottery_callbacks.ticket import Ticket
@@ -26,12 +28,16 @@ Retrain = Literal["weights", "learning_rate", "fine_tune"]
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the lottery, as a fit needs it: its folder, where to resume it, the ticket that it trains."""
+    """One level of the lottery, as a fit needs it: its folder and the ticket that it trains."""
 
     number: int
     run_dir: Path
-    checkpoint: Path | None
     ticket: Path
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint in the folder when first asked, to resume from; None where there is none."""
+        return newest_checkpoint(self.run_dir)
 
 
 class IterativeMagnitudePruning(MaskedTraining):
@@ -85,9 +91,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         self.pruning = pruning or Pruning()
         self.retrain = one_of("retrain", retrain, ("weights", "learning_rate", "fine_tune"))
         self.seed = seed
-        self.level = 0
         self.ticket: Ticket | None = None
-        self._capture_at: int | None = None  # set for k > 0 in level 0 alone
 
     # ---- the loop of fits
 
@@ -95,7 +99,11 @@ class IterativeMagnitudePruning(MaskedTraining):
         """Yield levels 0 (dense) to `last`, each to be fitted before the next; finished ones are skipped.
 
         A level is finished when the ticket after it is written, or when `finished(level)` says so.
+
+        Raises:
+            ValueError: `run_dir` holds tickets that another rule found.
         """
+        self._check_rule()
         for number in range(last + 1):
             level = self._level(number)
             if finished(level) if finished else self.ticket_path(number + 1).exists():
@@ -103,6 +111,18 @@ class IterativeMagnitudePruning(MaskedTraining):
                 continue
             self.select(number)
             yield level
+
+    def _check_rule(self) -> None:
+        newest = max(self.run_dir.glob("tickets/level_*.safetensors"), default=None)
+        if newest is None:
+            return
+        found, own = Ticket.load(newest).provenance, self._provenance(0, None)
+        for key in own.keys() - {"level", "parent", "torch"}:
+            if key in found and found[key] != own[key]:
+                raise ValueError(
+                    f"{self.run_dir} holds tickets of another rule: {key} is {found[key]!r} there and {own[key]!r} "
+                    "now; choose another run_dir, or remove that one"
+                )
 
     def select(self, number: int) -> Level:
         """Make `number` the level that the next fit trains.
@@ -123,7 +143,7 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     def _level(self, number: int) -> Level:
         run_dir = self.run_dir / f"level_{number:02d}"
-        return Level(number, run_dir, newest_checkpoint(run_dir), self.ticket_path(number))
+        return Level(number, run_dir, self.ticket_path(number))
 
     def _take(self, ticket: Ticket) -> None:
         self.ticket, self.masks = ticket, ticket.masks
@@ -138,13 +158,12 @@ class IterativeMagnitudePruning(MaskedTraining):
         else:
             self._start_dense(trainer, pl_module)
         self.apply_masks(trainer, pl_module)
-        set_level(trainer, self.level)
 
     def _start_dense(self, trainer: L.Trainer, module: nn.Module) -> None:
-        self.masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in self.pruning.prunable(module).items()}
+        self.masks = {name: mask.cpu() for name, mask in M.ones(self.pruning.prunable(module)).items()}
         self.ticket = None
         if self.resumes(trainer):
-            if not self.rewind.count:
+            if self._resumed["captured"]:
                 self.ticket = Ticket.load(self.ticket_path(0))
             return
         rank_zero_info(self.plan(module))
@@ -159,37 +178,32 @@ class IterativeMagnitudePruning(MaskedTraining):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._capture_at = None
-        if self.level or not self.rewind.count:
-            return
-        self._capture_at = self._rewind_iteration(trainer, pl_module)
-        if trainer.global_step >= self._capture_at:  # a resumed fit that has passed it: captured already
-            self.ticket = Ticket.load(self.ticket_path(0))
+        if self.ticket is None and not _smoke_test(trainer):
+            self._check_rewind(trainer, pl_module)
 
-    def _rewind_iteration(self, trainer: L.Trainer, module: L.LightningModule) -> int:
-        """Step k in optimizer steps; with several steps a visit an epoch's is known only when it ends."""
+    def _check_rewind(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         batches = trainer.num_training_batches
         if self.rewind.unit == "ep" and math.isinf(batches):
             raise ValueError(f"rewind={self.rewind} needs a loader with a length: give iterations, as in '500it'")
         per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
         at = self.rewind.in_iterations(per_epoch)
         limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
-        last = min((limit for limit in limits if limit > 0), default=at)
-        if getattr(trainer, "fast_dev_run", False):
-            return min(at, last)
-        if last < at and module.automatic_optimization:
+        last = min((limit for limit in limits if limit > 0), default=at + 1)
+        if last <= at and module.automatic_optimization:  # else an epoch's number of steps is the module's own
             raise ValueError(
-                f"rewind={self.rewind} is step {at}, beyond the run's last step {last}: rewind earlier or train longer"
+                f"rewind={self.rewind} is step {at}, and the run's last step is {last}: rewind earlier or train longer"
             )
-        return at
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._capture_at is None or self.ticket is not None or trainer.global_step < self._capture_at:
+        if self.ticket is not None:
             return
-        ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 >= self.rewind.count
-        if self.rewind.unit == "it" or ends_epoch or getattr(trainer, "fast_dev_run", False):
+        if self.rewind.unit == "ep":
+            reached = trainer.is_last_batch and trainer.current_epoch + 1 >= self.rewind.count
+        else:
+            reached = trainer.global_step >= self.rewind.count
+        if reached or _smoke_test(trainer):
             self._capture(trainer, pl_module)
 
     def _capture(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -199,13 +213,10 @@ class IterativeMagnitudePruning(MaskedTraining):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune the trained weights and write the next ticket; the next fit of this object trains it."""
         if self.ticket is None:
-            if not self.ticket_path(0).exists():
-                raise ValueError(
-                    f"the run ended at step {trainer.global_step}, before rewind={self.rewind}: "
-                    "rewind earlier or train longer"
-                )
-            self._take(Ticket.load(self.ticket_path(0)))
-        assert self.ticket is not None
+            raise ValueError(
+                f"the run ended at step {trainer.global_step}, before rewind={self.rewind}: "
+                "rewind earlier or train longer"
+            )
         weights = {name: p.detach().cpu() for name, p in pl_module.named_parameters() if name in self.masks}
         generator = torch.Generator().manual_seed(1_000 * self.seed + self.level)
         masks = self.pruning.next_masks(weights, self.masks, self.rate, generator)
@@ -222,7 +233,7 @@ class IterativeMagnitudePruning(MaskedTraining):
         return RewindPoint(0, snapshot(module), {"learning_rates": rates})
 
     def _keep(self, ticket: Ticket, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not _smoke_test(trainer):
             ticket.save(self.ticket_path(ticket.level))
         self._take(ticket)
 
@@ -232,9 +243,19 @@ class IterativeMagnitudePruning(MaskedTraining):
             "rate": self.rate,
             "rates": self.pruning.rates,
             "pruning": str(self.pruning),
+            "exclude": list(self.pruning.exclude),
+            "include": list(self.pruning.include),
             "rewind": str(self.rewind),
             "retrain": self.retrain,
             "seed": self.seed,
             "parent": M.digest(parent.masks) if parent else None,
             "torch": torch.__version__,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"captured": self.ticket is not None}
+
+
+def _smoke_test(trainer: L.Trainer) -> bool:
+    """Under `fast_dev_run` the rewind point is the state after its only step, and nothing is written."""
+    return bool(getattr(trainer, "fast_dev_run", False))

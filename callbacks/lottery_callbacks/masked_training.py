@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +21,8 @@ class MaskedTraining(L.Callback):
     clipping, weights after the optimizer's step; optimizer state is zeroed once and stays zero, because only
     zeros reach it. The module's `state_dict` keys never change.
 
-    Kept in checkpoints: the masks and the global random state, so that a resumed fit goes on bit for bit.
+    Kept in checkpoints: the masks and the global random state (of rank 0), so that a resumed fit of one process goes
+    on bit for bit. Sharded strategies (FSDP, DeepSpeed) are refused.
     Cost a step: two bitwise ands over the pruned tensors.
 
     Raises:
@@ -29,6 +31,7 @@ class MaskedTraining(L.Callback):
     """
 
     def __init__(self) -> None:
+        self.level = 0
         self.masks: M.Masks = {}
         self.fit_masks: M.Masks = {}
         self._bits: dict[nn.Parameter, Tensor] = {}
@@ -38,6 +41,10 @@ class MaskedTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
+        if stage == "fit":
+            if trainer.strategy.restore_checkpoint_after_setup:
+                raise ValueError(f"{type(trainer.strategy).__name__} shards parameters: train tickets with ddp")
+            set_level(trainer, self.level)  # now: schedules may ask for the data before on_fit_start
 
     def resumes(self, trainer: L.Trainer) -> bool:
         """Whether this fit goes on from a checkpoint; if so the random state is set to the checkpoint's.
@@ -80,10 +87,9 @@ class MaskedTraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
-        if self._bits:
-            self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
-            if not pl_module.automatic_optimization:  # its steps may pass by on_before_optimizer_step
-                self._handles += [o.register_step_pre_hook(self._mask_gradients) for o in trainer.optimizers]
+        self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
+        if not pl_module.automatic_optimization:  # its steps may pass by on_before_optimizer_step
+            self._handles += [o.register_step_pre_hook(self._mask_gradients) for o in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         self._mask_gradients()
@@ -94,14 +100,13 @@ class MaskedTraining(L.Callback):
                 M.zero_pruned_(parameter.grad, bits)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if optimizer not in self._checked:  # its state exists since its first step
+        if optimizer not in self._checked:  # its state exists since its first step, in the dense level too
             self._checked.add(optimizer)
-            for parameter in parameters:
-                elementwise_state(optimizer, parameter)
-        for parameter in parameters:
-            if parameter in self._bits:
-                M.zero_pruned_(parameter, self._bits[parameter])
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    elementwise_state(optimizer, parameter)
+        for parameter, bits in self._bits.items():
+            M.zero_pruned_(parameter, bits)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
@@ -119,6 +124,15 @@ class MaskedTraining(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
+
+
+def set_level(trainer: L.Trainer, level: int) -> None:
+    """Tell the data module which level this is, so that each has its own order; like a sampler's `set_epoch`."""
+    setter = getattr(getattr(trainer, "datamodule", None), "set_level", None)
+    if callable(setter):
+        setter(level)
+    elif level:
+        rank_zero_info("the data has no set_level(level): its order is its own affair; seed it before each level")
 
 
 def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

@@ -6,9 +6,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lottery_callbacks.functional.masks import Masks, describe, keep_highest
+from lottery_callbacks.functional.masks import Masks, keep_highest
 from lottery_callbacks.functional.scopes import SCOPES
 from lottery_callbacks.functional.scores import SCORES, Score
+from lottery_callbacks.messages import describe, one_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -43,13 +44,11 @@ class Pruning:
     ) -> None:
         if isinstance(score, str) and score not in SCORES:
             raise ValueError(f"score={score!r} is not known: choose one of {', '.join(SCORES)}, or give a function")
-        if scope not in SCOPES:
-            raise ValueError(f"scope={scope!r} is not known: choose one of {', '.join(SCOPES)}")
         for name, rate in (rates or {}).items():
             if not 0 <= rate < 1:
                 raise ValueError(f"the rate of {name!r} is {rate}: a rate lies in [0, 1), 0 leaves the layer dense")
         self.score = score
-        self.scope = scope
+        self.scope: str = one_of("scope", scope, tuple(SCOPES))
         self.rates = dict(rates or {})
         self.exclude = tuple(exclude)
         self.include = tuple(include)

@@ -23,7 +23,8 @@ class RewindPoint:
             Empty for k = 0: a fresh fit is that state.
 
     Random number generators are not part of it: each level has SGD noise of its own. Where step k ends an epoch,
-    the state is that after the optimizer's and the schedulers' step, before a `ReduceLROnPlateau` sees the epoch.
+    the state is that after the optimizer's and the schedulers' step. `ReduceLROnPlateau` is refused for k > 0:
+    Lightning does not step it where a fit goes on, so that it would be one step behind.
     """
 
     step: int
@@ -34,6 +35,8 @@ class RewindPoint:
     def capture(cls, trainer: L.Trainer, module: nn.Module) -> "RewindPoint":
         """Copy the state of a running fit; call from `on_fit_start` (k = 0) or `on_train_batch_end` (k > 0)."""
         step = trainer.global_step
+        if step and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            raise ValueError("ReduceLROnPlateau cannot be rewound to a step k > 0: rewind to '0it'")
         return cls(step, snapshot(module), training_state(trainer) if step else {})
 
     def restore(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -99,22 +102,32 @@ def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
     A state of `learning_rates` (fine-tuning) fixes these per parameter group and sets the schedulers aside.
     """
     state = copy.deepcopy(dict(state))
-    for optimizer, saved in zip(trainer.optimizers, state.get("optimizers", []), strict=False):
-        optimizer.load_state_dict(saved)
-    for config, saved in zip(trainer.lr_scheduler_configs, state.get("schedulers", []), strict=False):
-        for key, value in vars(config.scheduler).items():
-            if isinstance(value, Counter):  # MultiStepLR's milestones, a plain dict by now
-                saved[key] = Counter(saved[key])
-        config.scheduler.load_state_dict(saved)
-    if state.get("precision"):
-        trainer.precision_plugin.load_state_dict(state["precision"])
     if "loops" in state:
+        _check_same_optimizers(trainer, state)
+        for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(saved)
+        if state["precision"]:
+            trainer.precision_plugin.load_state_dict(state["precision"])
         _load_loops(trainer, state["loops"])
     if "learning_rates" in state:
         trainer.lr_scheduler_configs.clear()
         for optimizer, rates in zip(trainer.optimizers, state["learning_rates"], strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+
+def _check_same_optimizers(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
+    def kinds(optimizers: list[dict[str, Any]], schedulers: int) -> tuple[Any, ...]:
+        return [[sorted(group) for group in saved["param_groups"]] for saved in optimizers], schedulers
+
+    own = kinds([optimizer.state_dict() for optimizer in trainer.optimizers], len(trainer.lr_scheduler_configs))
+    if own != kinds(state["optimizers"], len(state["schedulers"])):
+        raise ValueError(
+            "the rewind point holds the state of other optimizers or schedulers: train it with those that it was "
+            "captured from, or rewind to '0it'"
+        )
 
 
 def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:
@@ -143,7 +156,8 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        copied = {key: _to_cpu(item) for key, item in value.items()}
+        return Counter(copied) if isinstance(value, Counter) else copied  # the milestones of MultiStepLR
     if isinstance(value, list | tuple):
         return type(value)(_to_cpu(item) for item in value)
     return copy.deepcopy(value)

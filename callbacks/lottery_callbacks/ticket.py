@@ -3,16 +3,17 @@
 import json
 import os
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.messages import describe
 from lottery_callbacks.rewinding import RewindPoint, check_same_architecture, load_snapshot
 
 FORMAT = "lottery-ticket/1"
@@ -59,9 +60,8 @@ class Ticket:
         self.check(module)
         parameters = dict(module.named_parameters())
         load_snapshot(module, self.rewind.tensors)
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+        for name, mask in self.masks.items():
+            M.zero_pruned_(parameters[name], M.as_bits(mask, parameters[name]))
         return module
 
     def for_submodule(self, name: str) -> "Ticket":
@@ -75,7 +75,7 @@ class Ticket:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
         if not inside(self.masks):
-            raise ValueError(f"no mask below {name!r}: the ticket has {M.describe(list(self.masks))}")
+            raise ValueError(f"no mask below {name!r}: the ticket has {describe(list(self.masks))}")
         return replace(
             self, masks=inside(self.masks), rewind=RewindPoint(self.rewind.step, inside(self.rewind.tensors))
         )
@@ -158,7 +158,8 @@ def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _take_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {kind: [[key, _take_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_take_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
@@ -176,7 +177,8 @@ def _give_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     kind, content = next(iter(value.items()))
     if kind == "tensor":
         return tensors[content]
-    if kind == "dict":
-        return {key: _give_tensors(item, tensors) for key, item in content}
+    if kind in ("dict", "counter"):
+        given = {key: _give_tensors(item, tensors) for key, item in content}
+        return Counter(given) if kind == "counter" else given
     items = [_give_tensors(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items

@@ -22,13 +22,15 @@ class ValidationCurve(L.Callback):
         self.loss = loss
         self.metrics = tuple(metrics)
         self.rows: list[dict[str, float]] = []
+        self._fitting = False
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(loss=self.loss, metrics=self.metrics)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        self._fitting = stage == "fit"
+        if self._fitting:
             self.rows = []  # a checkpoint, if any, is loaded after this
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,4 +63,5 @@ class ValidationCurve(L.Callback):
         return {"rows": [dict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = [dict(row) for row in state_dict["rows"]]
+        if self._fitting:  # a test of a checkpoint leaves the curve as it is
+            self.rows = [dict(row) for row in state_dict["rows"]]

@@ -34,6 +34,8 @@ class TensorDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1:
             raise ValueError(f"batch_size={batch_size}, eval_batch_size={eval_batch_size}: both must be positive")
+        if data_order not in ("new", "repeat"):
+            raise ValueError(f"data_order={data_order!r} is not known: choose new or repeat")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.data_seed, self.data_order, self.split_seed = data_seed, data_order, split_seed
         self.level = 0

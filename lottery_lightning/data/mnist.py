@@ -47,6 +47,8 @@ class MNIST(TensorDataModule):
             for train in (True, False):
                 data = datasets.MNIST(self.data_dir, train)
                 images = (data.data.unsqueeze(1).float() / 255 - 0.1307) / 0.3081
+                if len(images) != len(data.targets):
+                    raise ValueError(f"{len(images)} images and {len(data.targets)} labels")
                 sets[train] = (images, data.targets.to(torch.int64))
         except Exception as error:
             raise RuntimeError(self._mend(error)) from error

@@ -49,8 +49,9 @@ class Lottery:
     the trials. At the end: table, CSV, figure, one sentence of finding, one line of JSON.
 
     Args:
-        model: the LightningModule; every trial draws its own initial weights by `reset_parameters`.
-        data: the data module.
+        model: the LightningModule; every trial draws its own initial weights by `reset_parameters`. It logs `val/loss`
+            and `test/acc`.
+        data: the data module; its `data_seed`, if it has one, is added to the trial's seed.
         run_dir: where everything is kept.
         levels: the last level; level 0 is dense.
         trials: number of trials; trial t has seed `seed + t`.
@@ -84,8 +85,8 @@ class Lottery:
         self.rule, self.training = rule, training
         rule.pruning.check(model)
         rewind = self._pruning_of(0).rewind
-        if rewind.unit == "it" and rewind.count > training.max_steps:
-            raise ValueError(f"rule.rewind={rewind} is beyond training.max_steps={training.max_steps}: rewind earlier")
+        if rewind.unit == "it" and rewind.count >= training.max_steps:
+            raise ValueError(f"rule.rewind={rewind} is not before training.max_steps={training.max_steps}")
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
@@ -132,14 +133,14 @@ class Lottery:
         for level in imp.levels(self.levels, finished):
             run = tickets[level.number]
             progress.start(str(run))
-            record = runner.do(run, seed, imp, runner.checkpoint(run))
+            record = runner.do(run, seed, imp)
             progress.finish(line(run, record))
         for run in plan[len(tickets) :]:
             if run.record is not None:
                 progress.finish(None)
                 continue
             progress.start(str(run))
-            record = runner.do(run, seed, self._control(run, imp, tickets[0]), runner.checkpoint(run))
+            record = runner.do(run, seed, self._control(run, imp, tickets[0]))
             progress.finish(line(run, record))
 
     def _control(self, run: Run, imp: IterativeMagnitudePruning, dense: Run) -> ApplyTicket:
@@ -150,9 +151,8 @@ class Lottery:
         if run.arm == "random":
             return ApplyTicket(ticket, mask="shuffled", seed=seed)
         trained = torch.load(dense.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-        whole = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
         generator = torch.Generator().manual_seed(seed)
-        masks = self.rule.pruning.next_masks(trained, whole, self.rule.rate, generator, rounds=run.level)
+        masks = self.rule.pruning.next_masks(trained, M.ones(ticket.masks), self.rule.rate, generator, rounds=run.level)
         if sum(M.kept(masks).values()) != sum(M.kept(ticket.masks).values()):
             raise RuntimeError(f"one-shot pruning of {run} keeps another count than the ticket")
         start = Ticket.load(imp.ticket_path(0)).rewind

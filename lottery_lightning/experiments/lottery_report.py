@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -41,7 +40,9 @@ def report(records: Sequence[Mapping[str, Any]], run_dir: Path, training: Traini
     summary = {"experiment": "lottery", "run_dir": str(run_dir), **found}
     write_json(run_dir / "results.json", summary)
     _log_levels(rows, run_dir, training)
-    Console(width=None if sys.stdout.isatty() else 120).print(level_table(rows))
+    console = Console()
+    console.width = max(console.width, 120)  # a wrapped row loses no digits, a cropped one does
+    console.print(level_table(rows))
     print(f"\n{run_dir / 'results.csv'}, {figure}, tickets in {run_dir}/trial_*/tickets")
     print(sentence(found))
     print(json.dumps(summary))
@@ -76,11 +77,16 @@ def paired(rows: Sequence[Row], key: str, level: int, arm: str, other: Callable[
 
 
 def finding(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of the one sentence: the best level, the smallest ticket that is as good as dense, the controls."""
+    """The figures of the one sentence.
+
+    The best level has the least validation loss; the sparsest matching one is the last whose mean test accuracy is
+    not below the dense network's (levels before it may be); the controls are compared there.
+    """
     dense = select(rows, arm="ticket", level=0)
     levels = sorted({row["level"] for row in rows if row["level"]})
     accuracy = {lv: mean(r["test_acc_early_stop"] for r in select(rows, arm="ticket", level=lv)) for lv in [0, *levels]}
-    best = max(levels, key=lambda lv: accuracy[lv])
+    loss = {lv: mean(r["min_val_loss"] for r in select(rows, arm="ticket", level=lv)) for lv in levels}
+    best = min(levels, key=lambda lv: loss[lv])  # chosen on the validation set, reported on the test set
     matching = [lv for lv in levels if accuracy[lv] >= accuracy[0]]
     last = max(matching, default=best)
 
@@ -95,7 +101,7 @@ def finding(rows: Sequence[Row]) -> dict[str, Any]:
         "best_minus_dense": summarise(
             paired(rows, "test_acc_early_stop", best, "ticket", lambda row: select(dense, trial=row["trial"]))
         ),
-        "smallest_matching_density": density(last) if matching else None,
+        "sparsest_matching_density": density(last) if matching else None,
     }
     for arm in ("reinit", "random", "one_shot"):
         if select(rows, arm=arm, level=last):
@@ -118,9 +124,9 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
 
 def sentence(found: Mapping[str, Any]) -> str:
     """The finding in one sentence; accuracies are test accuracies at the early-stop iteration."""
-    small = found["smallest_matching_density"]
-    text = f"Tickets keep {small:.1%} of the weights and are still as accurate" if small else "No ticket is as accurate"
-    text += f" as the dense network ({found['dense_acc']:.2%})"
+    small = found["sparsest_matching_density"]
+    dense = f"as accurate as the dense network ({found['dense_acc']:.2%})"
+    text = f"The sparsest ticket {dense} keeps {small:.1%} of the weights" if small else f"No ticket is {dense}"
     gain = found["best_minus_dense"]
     text += (
         f"; the best, at {found['best_density']:.1%}, differs from it by {100 * gain['mean']:+.2f} points"

@@ -20,6 +20,12 @@ from lottery_callbacks.masked_training import MaskedTraining
 from lottery_lightning.experiments.store import read_json, write_json
 from lottery_lightning.loggers import close, make_logger
 
+# What an experiment decides itself; accumulation would turn steps of validation into batches.
+OWNED = {
+    "max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
+    "logger", "callbacks", "default_root_dir", "accumulate_grad_batches", "fast_dev_run",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Training:
@@ -49,6 +55,8 @@ class Training:
         known = inspect.signature(L.Trainer).parameters
         if unknown := set(self.trainer) - set(known):
             raise ValueError(f"training.trainer names {', '.join(sorted(unknown))}: no argument of Trainer")
+        if owned := set(self.trainer) & OWNED:
+            raise ValueError(f"training.trainer names {', '.join(sorted(owned))}: the experiment sets that itself")
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Runner:
         callbacks: tuple[L.Callback, ...] = (),
     ) -> None:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
+        self._data_seed = getattr(data, "data_seed", 0)
         self._done = 0
         if training.threads:
             torch.set_num_threads(training.threads)
@@ -92,18 +101,20 @@ class Runner:
         reinitialise(model, seed)
         return model
 
-    def do(self, run: Run, seed: int, masked: MaskedTraining, checkpoint: Path | None = None) -> dict[str, Any]:
+    def do(self, run: Run, seed: int, masked: MaskedTraining) -> dict[str, Any]:
         """Fit, test the best and the last weights, write the record; a torn fit goes on from its checkpoint.
 
         Args:
             run: the run.
             seed: of the trial: initialisation and order of the data. Dropout and the like have seeds of the run.
             masked: the callback that applies the ticket.
-            checkpoint: to resume from.
+
+        Raises:
+            ValueError: the model logs no `val/loss` or `test/acc`, or the best weights are not those of the curve.
         """
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
-            self.data.data_seed = seed  # pyright: ignore[reportAttributeAccessIssue]
+            self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]
         L.seed_everything(stable_seed(seed, run.level, run.arm, run.draw), verbose=False)
         folder, curve = run.run_dir, ValidationCurve()
         best = ModelCheckpoint(
@@ -116,8 +127,9 @@ class Runner:
         )
         resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
         trainer = self._trainer(run, [masked, SparsityMonitor(), curve, *self.callbacks, best, resume])
-        trainer.fit(model, self.data, ckpt_path=checkpoint)
+        trainer.fit(model, self.data, ckpt_path=newest_checkpoint(folder / "resume"))
         trainer.save_checkpoint(folder / "final.ckpt", weights_only=True)
+        _check_step(folder / "best.ckpt", curve.early_stop_iteration)
         at_best = self._test(trainer, model, folder / "best.ckpt")
         at_end = self._test(trainer, model, folder / "final.ckpt")
         record = {
@@ -141,10 +153,6 @@ class Runner:
             gc.collect()
         return record
 
-    def checkpoint(self, run: Run) -> Path | None:
-        """Where a torn run goes on."""
-        return newest_checkpoint(run.run_dir / "resume")
-
     def _trainer(self, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
         options: dict[str, Any] = {
             "max_steps": self.training.max_steps,
@@ -155,13 +163,30 @@ class Runner:
             "logger": make_logger(self.training.logger, run.run_dir, self.name, f"trial_{run.trial}", str(run)),
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            "devices": 1,
             "default_root_dir": run.run_dir,
             "callbacks": callbacks,
         }
-        return L.Trainer(**options | self.training.trainer)
+        trainer = L.Trainer(**options | self.training.trainer)
+        if trainer.world_size > 1:
+            raise ValueError(
+                "an experiment trains each run in one process: start the command once per device "
+                "(CUDA_VISIBLE_DEVICES), they share the trials"
+            )
+        return trainer
 
     def _test(self, trainer: L.Trainer, model: L.LightningModule, checkpoint: Path) -> float:
-        return float(trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)[0]["test/acc"])
+        (metrics,) = trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)
+        if "test/acc" not in metrics:
+            raise ValueError(f"the model logs no 'test/acc' in test_step: it logs {', '.join(metrics) or 'nothing'}")
+        return float(metrics["test/acc"])
+
+
+def _check_step(best: Path, iteration: int) -> None:
+    """The best weights are those of the early-stop iteration, unless the folder was moved in the midst of a run."""
+    step = torch.load(best, map_location="cpu", weights_only=True)["global_step"]
+    if step != iteration:
+        raise ValueError(f"{best} is of step {step} and not of the best, {iteration}: remove its folder and repeat")
 
 
 def stable_seed(*parts: object) -> int:

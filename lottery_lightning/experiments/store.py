@@ -15,13 +15,13 @@ from lottery_callbacks.ticket import write_atomically
 def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Make `run_dir` the folder of the experiment `config`; in the folder of an equal one, go on there.
 
-    `run_dir/config.yaml` is the experiment's identity, its own `run_dir` apart (folders may be moved).
+    `run_dir/config.yaml` is the experiment's identity, its own `run_dir` apart (finished folders may be moved).
 
     Raises:
         ValueError: the folder belongs to another experiment; one line names the first key that differs.
     """
     path = run_dir / "config.yaml"
-    if not path.exists():
+    if not any(run_dir.glob("*/tickets/*.safetensors")):  # nothing is done yet that another config could spoil
         write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return
     old, new = _flat(yaml.safe_load(path.read_text()) or {}), _flat(yaml.safe_load(yaml.safe_dump(dict(config))))

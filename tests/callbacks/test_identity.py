@@ -190,17 +190,13 @@ def test_a_level_0_that_is_begun_anew_by_the_same_object_takes_its_own_rewind_po
     assert bits(imp.ticket.rewind.tensors) == bits(at_k.state["module"])
 
 
-@pytest.mark.parametrize("wrapped", ["sequential", "plateau", "lambda"])
+@pytest.mark.parametrize("wrapped", ["sequential", "lambda"])
 def test_other_schedules_go_on_from_step_k(tmp_path, wrapped):
     schedulers = torch.optim.lr_scheduler
 
     class Scheduled(Net):
         def configure_optimizers(self):
             optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
-            if wrapped == "plateau":
-                plateau = schedulers.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2)
-                config = {"scheduler": plateau, "interval": "step", "frequency": 4, "monitor": "val/loss"}
-                return {"optimizer": optimizer, "lr_scheduler": config | {"strict": False}}
             if wrapped == "lambda":
                 scheduler = schedulers.LambdaLR(optimizer, lambda step: 1 / (1 + step))
             else:
@@ -211,15 +207,26 @@ def test_other_schedules_go_on_from_step_k(tmp_path, wrapped):
     lottery = Lottery(tmp_path, Scheduled, rewind="6it").run(1)
     rates = [[rate for *_, rate in probe.steps] for probe in lottery.probes]
     assert len(set(rates[0])) > 2
-    if wrapped != "plateau":  # that one follows the losses of its own level
-        assert rates[1] == rates[0][6:]
-    else:
-        assert rates[1][:2] == rates[0][6:8]
+    assert rates[1] == rates[0][6:]
     module, curve, _ = fit_with(
         tmp_path, seeded(9, Scheduled), Blobs(), ApplyTicket(lottery.imp.ticket_path(1)), seed=101
     )
     assert bits(module) == bits(lottery.finals[1])
     assert curve.rows == lottery.curves[1]
+
+
+def test_a_plateau_schedule_is_rewound_to_the_beginning_only(tmp_path):
+    class Plateau(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2)
+            config = {"scheduler": plateau, "interval": "step", "frequency": 4, "monitor": "val/loss", "strict": False}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    lottery = Lottery(tmp_path / "0it", Plateau, rewind="0it").run(1)
+    assert [len({rate for *_, rate in probe.steps}) > 1 for probe in lottery.probes] == [True, True]
+    with pytest.raises(ValueError, match="ReduceLROnPlateau cannot be rewound to a step k > 0"):
+        Lottery(tmp_path / "6it", Plateau, rewind="6it").run(0)
 
 
 def test_precision_and_accumulation_are_part_of_the_identity(tmp_path):

@@ -91,6 +91,7 @@ def test_the_state_is_a_copy():
     curve, other = ValidationCurve(), ValidationCurve()
     curve.rows = [{"iteration": 2, "val/loss": 0.5}]
     state = curve.state_dict()
+    other.setup(None, None, "fit")
     other.load_state_dict(state)
     curve.rows[0]["val/loss"] = 9.0
     assert state == {"rows": [{"iteration": 2, "val/loss": 0.5}]}

@@ -287,11 +287,3 @@ def test_zero_pruned_works_in_place_on_views_parameters_and_channels_last():
     M.zero_pruned_(base[::2, ::2], M.as_bits(torch.zeros(3, 4, dtype=torch.bool), base))
     assert int((base == 0).sum()) == 12
     assert (base[::2, ::2] == 0).all()
-
-
-def test_describe_cuts_long_lists():
-    assert M.describe(["a", "b"]) == "a, b"
-    assert M.describe([]) == ""
-    assert M.describe(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
-    assert M.describe(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
-    assert M.describe(list("abc"), most=1) == "a and 2 more"

@@ -5,7 +5,7 @@ All functions are pure, and keep each tensor's shape and device.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -113,8 +113,3 @@ def digest(masks: Mapping[str, Tensor]) -> str:
         sha.update(f"{name}{tuple(masks[name].shape)}".encode())
         sha.update(masks[name].cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
-
-
-def describe(names: Sequence[str], most: int = 8) -> str:
-    """Names as a list for messages, cut after `most`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

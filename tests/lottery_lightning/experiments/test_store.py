@@ -8,7 +8,10 @@ from lottery_lightning.experiments.store import claim, read_json, working_on, wr
 
 def test_an_equal_config_may_go_on_and_another_is_named_by_its_first_differing_key(tmp_path):
     config = {"lottery": {"run_dir": "a", "levels": 3, "rule": {"rate": 0.2, "pruning": {"rates": {"*x": 0.1}}}}}
+    claim(tmp_path, {"lottery": {"levels": 9}})  # nothing is done yet: a mended config takes its place
     claim(tmp_path, config)
+    (tmp_path / "trial_0" / "tickets").mkdir(parents=True)
+    (tmp_path / "trial_0" / "tickets" / "level_00.safetensors").touch()
     before = (tmp_path / "config.yaml").read_bytes()
     claim(tmp_path, config)
     claim(tmp_path, {"lottery": config["lottery"] | {"run_dir": "moved"}})
