@@ -2,67 +2,72 @@
 
     python scripts/lottery_claims.py results/lth/lenet_mnist_small.csv
 
-A pair is a ticket and its counterpart of the same trial and level (the dense network: of the same trial). Cells are
-mean (min to max) over trials. Accuracy differences are in points of test accuracy at the early-stop iteration;
-"iterations" are ratios counterpart / ticket of the early-stop iteration, above 1 where the ticket is sooner;
-"reach" is the first iteration at which the validation loss is at most the dense run's minimum.
+A pair is a ticket and its counterpart of the same trial and level (the dense network: of the same trial), several
+draws of a control averaged. Cells are mean (min to max) over trials. Accuracy differences are in points of test
+accuracy at the early-stop iteration; iterations are ratios counterpart / ticket of the early-stop iteration, above 1
+where the ticket is sooner; "reach" is the first iteration at which the validation loss is at most the dense run's
+minimum, as a fraction of the dense run's.
 """
 
 import csv
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-Row = dict[str, Any]
-COLUMNS: tuple[tuple[str, str, Callable[[Row, Row], float | None]], ...] = (
-    ("ticket - dense", "dense", lambda a, b: 100 * (a["test_acc_early_stop"] - b["test_acc_early_stop"])),
-    ("iterations dense / ticket", "dense", lambda a, b: b["early_stop_iteration"] / a["early_stop_iteration"]),
-    ("reach / dense", "dense", lambda a, b: _ratio(a["reach_dense_iteration"], b["reach_dense_iteration"])),
-    ("ticket - reinit", "reinit", lambda a, b: 100 * (a["test_acc_early_stop"] - b["test_acc_early_stop"])),
-    ("iterations reinit / ticket", "reinit", lambda a, b: b["early_stop_iteration"] / a["early_stop_iteration"]),
-    ("ticket - random", "random", lambda a, b: 100 * (a["test_acc_early_stop"] - b["test_acc_early_stop"])),
-    ("ticket - one-shot", "one_shot", lambda a, b: 100 * (a["test_acc_early_stop"] - b["test_acc_early_stop"])),
-    ("iterations one-shot / ticket", "one_shot", lambda a, b: b["early_stop_iteration"] / a["early_stop_iteration"]),
+from lottery_lightning.experiments.lottery_report import Row, select
+
+ACCURACY, STOP, REACH = "test_acc_early_stop", "early_stop_iteration", "reach_dense_iteration"
+COLUMNS = (
+    ("ticket - dense", "dense", ACCURACY),
+    ("iterations dense / ticket", "dense", STOP),
+    ("reach ticket / dense", "dense", REACH),
+    ("ticket - reinit", "reinit", ACCURACY),
+    ("iterations reinit / ticket", "reinit", STOP),
+    ("ticket - random", "random", ACCURACY),
+    ("ticket - one-shot", "one_shot", ACCURACY),
+    ("iterations one-shot / ticket", "one_shot", STOP),
 )
 
 
 def main(path: str) -> None:
     rows = read(Path(path))
-    levels = sorted({row["level"] for row in rows if row["level"]})
-    print("| level | density % | " + " | ".join(name for name, *_ in COLUMNS) + " |")
-    print("|---" * (2 + len(COLUMNS)) + "|")
-    for level in levels:
-        density = next(row["density"] for row in rows if row["level"] == level)
-        cells = [cell(pairs(rows, level, arm), difference) for _, arm, difference in COLUMNS]
+    columns = [column for column in COLUMNS if column[1] == "dense" or select(rows, arm=column[1])]
+    print("| level | density % | " + " | ".join(name for name, *_ in columns) + " |")
+    print("|---" * (2 + len(columns)) + "|")
+    for level in sorted({row["level"] for row in rows if row["level"]}):
+        density = select(rows, level=level, arm="ticket")[0]["density"]
+        cells = [cell(rows, level, arm, key) for _, arm, key in columns]
         print(f"| {level} | {100 * density:.1f} | " + " | ".join(cells) + " |")
 
 
 def read(path: Path) -> list[Row]:
     with path.open() as file:
-        rows = list(csv.DictReader(file))
-    text = {"arm"}
-    return [{key: _number(value) if key not in text else value for key, value in row.items()} for row in rows]
+        return [
+            {key: value if key == "arm" else _number(value) for key, value in r.items()} for r in csv.DictReader(file)
+        ]
 
 
-def pairs(rows: Sequence[Row], level: int, arm: str) -> list[tuple[Row, Row]]:
-    """(ticket, counterpart) of each trial and draw; the counterpart "dense" is level 0 of the trial."""
-    tickets = {row["trial"]: row for row in rows if row["arm"] == "ticket" and row["level"] == level}
-    others = [r for r in rows if ((r["level"] == 0) if arm == "dense" else (r["arm"] == arm and r["level"] == level))]
-    return [(tickets[other["trial"]], other) for other in others]
-
-
-def cell(found: Sequence[tuple[Row, Row]], difference: Callable[[Row, Row], float | None]) -> str:
-    values = [value for ticket, other in found if (value := difference(ticket, other)) is not None]
+def cell(rows: Sequence[Row], level: int, arm: str, key: str) -> str:
+    """One column's value by trial, as mean (min to max)."""
+    values = []
+    for trial in sorted({row["trial"] for row in rows}):
+        (ticket,) = select(rows, trial=trial, level=level, arm="ticket")
+        wanted = {"level": 0, "arm": "ticket"} if arm == "dense" else {"level": level, "arm": arm}
+        others = select(rows, trial=trial, **wanted)
+        if ticket[key] is None or any(other[key] is None for other in others):
+            continue
+        other = mean(row[key] for row in others)
+        values.append(100 * (ticket[key] - other) if key == ACCURACY else _ratio(key, ticket[key], other))
     if not values:
         return "never"
-    missing = f", {len(found) - len(values)} never" if len(values) < len(found) else ""
-    return f"{mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f}{missing})"
+    sign, trials = "+" if key == ACCURACY else "", len({row["trial"] for row in rows})
+    missing = f", {trials - len(values)} never" if len(values) < trials else ""
+    return f"{mean(values):{sign}.2f} ({min(values):{sign}.2f} to {max(values):{sign}.2f}{missing})"
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+def _ratio(key: str, ticket: float, other: float) -> float:
+    return ticket / other if key == REACH else other / ticket
 
 
 def _number(text: str) -> int | float | None:

@@ -31,9 +31,8 @@ class Arrays(TensorDataModule):
                 arrays = {key: file[key] for key in file.files}
         except Exception as error:  # OSError, BadZipFile, ValueError, EOFError
             raise RuntimeError(f"{self.path} is missing or torn ({error}): give a whole .npz file") from error
-        needed = {"x_train", "y_train", "x_test", "y_test"} | (
-            {"x_val", "y_val"} if {"x_val", "y_val"} & arrays.keys() else set()
-        )
+        validation = {"x_val", "y_val"}  # both or none
+        needed = {"x_train", "y_train", "x_test", "y_test"} | (validation if validation & arrays.keys() else set())
         if missing := needed - arrays.keys():
             raise ValueError(f"{self.path} has no {', '.join(sorted(missing))}: save them with numpy.savez")
         splits = {name: self._split(arrays, name) for name in ("train", "val", "test") if f"x_{name}" in arrays}

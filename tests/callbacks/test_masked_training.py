@@ -15,6 +15,12 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning
 from lottery_lightning.data import EpochOrder
 
+
+def muon(parameters):
+    """Orthogonalises whole matrices: without the mask after the step it would revive pruned weights."""
+    return torch.optim.Muon([parameter for parameter in parameters if parameter.ndim == 2], lr=0.05)
+
+
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
     "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -23,6 +29,7 @@ OPTIMIZERS = {
     "amsgrad": partial(torch.optim.Adam, lr=0.02, amsgrad=True, foreach=True),
     "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True, weight_decay=0.01),
+    "muon": muon,
 }
 OPTIONS = {
     "plain": {},
@@ -106,7 +113,7 @@ def by_hand(module, masks, seed, visits, clip=None, accumulate=1, precision="32"
         for name, mask in masks.items():
             parameters[name].grad = masked(parameters[name].grad, mask)
         if clip:
-            clip(list(module.parameters()))
+            clip([parameter for group in optimizer.param_groups for parameter in group["params"]])
         optimizer.step()
         with torch.no_grad():
             for name, mask in masks.items():
@@ -270,6 +277,14 @@ def test_an_optimizer_that_cannot_be_masked_is_refused_in_one_line(tmp_path, opt
         trainer.fit(module, Blobs())
     assert "\n" not in str(refusal.value)
     assert type(trainer.optimizers[0]).__name__ in str(refusal.value)
+    assert trainer.global_step <= 1
+
+
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.Adafactor, lr=0.01), LBFGS], ids=["Adafactor", "LBFGS"])
+def test_such_an_optimizer_is_refused_in_the_dense_level_already(tmp_path, optimizer):
+    trainer = quiet(tmp_path, [IterativeMagnitudePruning(run_dir=tmp_path)], max_steps=4, limit_val_batches=0)
+    with pytest.raises(RuntimeError, match="keeps state of another shape than its weights"):
+        trainer.fit(seeded(1, partial(Trained, optimizer)), Blobs())
     assert trainer.global_step <= 1
 
 

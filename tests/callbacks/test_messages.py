@@ -13,5 +13,5 @@ def test_describe_cuts_long_lists():
 
 def test_a_choice_is_given_back_or_refused_with_the_list():
     assert one_of("mode", "a", ("a", "b")) == "a"
-    with pytest.raises(ValueError, match="^mode='c' is not known: choose one of a, b$"):
+    with pytest.raises(ValueError, match=r"^mode='c' is not known: choose one of a, b$"):
         one_of("mode", "c", ("a", "b"))

@@ -282,6 +282,14 @@ def test_an_aborted_resume_leaves_nothing_behind(tmp_path):
     assert bits(module) == bits(expected)
 
 
+def test_a_smoke_test_leaves_no_checkpoint_that_a_run_would_go_on_from(tmp_path):
+    smoke = lottery(tmp_path, "6it")
+    smoke.trainer = {"fast_dev_run": True}
+    smoke.fit(smoke.imp.select(0), ResumeCheckpoint(smoke.imp.select(0).run_dir, 0))
+    assert [len(probe.steps) for probe in smoke.probes] == [1]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_resuming_goes_on_with_the_random_state_of_the_checkpoint(tmp_path):
     ticket, draws = ticket_of(seeded(0, Net)), {}
 

@@ -144,6 +144,31 @@ def test_another_config_in_the_same_folder_is_refused_by_its_key(tmp_path, capsy
     assert (run_dir / "results.csv").read_bytes() == results
 
 
+def test_a_config_serves_with_an_equals_sign_and_a_fit_config_serves_every_lightning_command(tmp_path, capsys):
+    options = ["--run_dir", str(tmp_path / "run"), "--levels", "1", "--controls", "{}", "--training.max_steps", "20"]
+    assert main([f"--config={QUICKSTART}", *options]) == 0
+    root = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
+    assert main(["test", f"--config={FIT}", *root, "--trainer.enable_progress_bar", "false"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+
+
+def test_a_mended_config_may_take_the_folder_of_one_that_never_began(tmp_path, capsys):
+    small = str(ROOT / "configs" / "lth" / "lenet_mnist_small.yaml")
+    run = ["lottery", "--config", small, "--run_dir", str(tmp_path / "run"), "--data.init_args.download", "false"]
+    assert main([*run, "--data.init_args.data_dir", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: MNIST cannot be read in {tmp_path / 'nowhere'}")
+    assert len(error.splitlines()) == 1
+    assert main([*run, "--data.init_args.data_dir", str(tmp_path / "elsewhere")]) == 1
+    assert "MNIST cannot be read" in capsys.readouterr().err  # and not: another experiment
+
+
+def test_the_debug_variable_shows_where_an_error_comes_from(monkeypatch):
+    monkeypatch.setenv("LOTTERY_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        main(["lottery", "--config", "nowhere.yaml"])
+
+
 def test_train_py_reports_errors_by_its_exit_code(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "lottery", "--config", "absent.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
