@@ -50,7 +50,7 @@ class ResumeCheckpoint(Checkpoint):
         self._written_at = time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         due = trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.seconds)
         if not due:

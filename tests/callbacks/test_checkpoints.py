@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from lottery_callbacks import ResumeCheckpoint, newest_checkpoint
+from lottery_callbacks import ResumeCheckpoint, ValidationCurve, newest_checkpoint
 
 
 @pytest.fixture
@@ -62,9 +62,10 @@ def test_a_truncated_file_is_passed_over_with_a_warning(save, tmp_path, left):
 def test_garbage_and_a_flipped_bit_are_passed_over_with_a_warning(save, tmp_path):
     old, new = save("old.ckpt", 1_000), save("new.ckpt", 2_000)
     with zipfile.ZipFile(new) as archive:
-        tensor = max(archive.infolist(), key=lambda entry: entry.file_size)
-        place = tensor.header_offset + 200 + tensor.file_size // 2
+        stored = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+        tensor = archive.read(max(stored, key=lambda entry: entry.file_size))
     content = bytearray(new.read_bytes())
+    place = content.index(tensor) + len(tensor) // 2
     content[place] ^= 1
     new.write_bytes(content)
     (tmp_path / "run" / "newest.ckpt").write_bytes(b"\x80\x02garbage" * 50)
@@ -116,9 +117,41 @@ def test_resume_checkpoint_waits_between_two(make_module, loaders, make_trainer,
     assert steps(tmp_path / "resume") == []
 
 
-def test_a_fit_resumed_from_it_validates_where_the_unbroken_one_does(make_module, loaders, make_trainer, tmp_path):
-    from lottery_callbacks import ValidationCurve
+def test_resume_checkpoint_writes_neither_at_a_sanity_check_nor_outside_a_fit(
+    make_module, loaders, make_trainer, tmp_path
+):
+    module, folder = make_module(), tmp_path / "resume"
+    trainer = make_trainer(
+        callbacks=[ResumeCheckpoint(folder, seconds=0)], enable_checkpointing=True, num_sanity_val_steps=2, max_steps=2
+    )
+    trainer.validate(module, loaders[1], verbose=False)
+    assert steps(folder) == []
+    trainer.fit(module, *loaders)
+    assert steps(folder) == [2]
 
+
+def test_resume_checkpoint_leaves_other_files_alone(make_module, loaders, make_trainer, tmp_path):
+    folder = tmp_path / "resume"
+    folder.mkdir()
+    for name in ("best.ckpt", "notes.txt"):
+        (folder / name).write_text("mine")
+    saver = ResumeCheckpoint(folder, seconds=0)
+    make_trainer(callbacks=[saver], enable_checkpointing=True).fit(make_module(), *loaders)
+    assert {path.name for path in folder.iterdir()} == {
+        "best.ckpt", "notes.txt", "resume-step=6.ckpt", "resume-step=8.ckpt",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_holds_the_other_callbacks_after_the_same_validation(make_module, loaders, make_trainer, tmp_path):
+    curve = ValidationCurve()
+    saver = ResumeCheckpoint(tmp_path / "resume", seconds=0)
+    make_trainer(callbacks=[saver, curve], enable_checkpointing=True).fit(make_module(), *loaders)
+    for path in (tmp_path / "resume").iterdir():
+        state = torch.load(path, weights_only=True)
+        assert state["callbacks"][curve.state_key]["rows"][-1]["iteration"] == state["global_step"]
+
+
+def test_a_fit_resumed_from_it_validates_where_the_unbroken_one_does(make_module, loaders, make_trainer, tmp_path):
     curves = []
     for max_steps in (4, 8):
         curve, saver = ValidationCurve(), ResumeCheckpoint(tmp_path / "resume", seconds=0)

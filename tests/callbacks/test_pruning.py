@@ -219,6 +219,8 @@ def test_scope_global_prunes_small_weights_wherever_they_are():
 def test_rates_per_layer_are_refused_by_scopes_of_one_rate():
     module = nn.ModuleDict({"hidden": nn.Linear(10, 10), "output": nn.Linear(10, 5)})
     rule = Pruning(scope="global", rates={"output.weight": 0.1})
+    with pytest.raises(ValueError, match=r"^rates per layer need scope='layerwise'; with scope='global'"):
+        rule.check(module)
     with pytest.raises(ValueError, match="rates per layer need scope='layerwise'"):
         rule.next_masks(weights_of(module), dense(module, rule), 0.2, generator())
 

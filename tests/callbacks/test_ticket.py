@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 import safetensors.torch
@@ -56,7 +57,7 @@ def optimizer_state(module):
     schedule.step()
     return {
         "optimizers": [optimizer.state_dict()],
-        "schedulers": [{key: value for key, value in schedule.state_dict().items() if key != "milestones"}],
+        "schedulers": [schedule.state_dict()],
         "loops": {"epoch": 3, "flags": [True, False], "nothing": None, "empty": [{}, [], ()]},
     }
 
@@ -73,6 +74,7 @@ def test_a_ticket_comes_back_from_its_file_to_the_bit(tmp_path):
     assert same(back.rewind.training, ticket.rewind.training)
     assert list(back.rewind.training["optimizers"][0]["state"]) == list(range(6))
     assert isinstance(back.rewind.training["optimizers"][0]["param_groups"][1]["betas"], tuple)
+    assert back.rewind.training["schedulers"][0]["milestones"] == Counter([1, 5])
     assert back.provenance == {"level": 4, "rate": 0.2, "note": None, "rates": {"*": 0.1}}
     assert (back.level, back.density) == (4, ticket.density)
 

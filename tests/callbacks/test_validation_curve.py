@@ -75,6 +75,16 @@ def test_a_resumed_run_has_the_curve_of_an_unbroken_one(make_module, loaders, ma
     assert fit("torn", 8) == whole
 
 
+def test_a_validation_of_a_checkpoint_leaves_the_curve_as_it_is(make_module, loaders, make_trainer, tmp_path):
+    curve, module = ValidationCurve(), make_module()
+    trainer = make_trainer(callbacks=[curve, ResumeCheckpoint(tmp_path, seconds=0)], enable_checkpointing=True)
+    trainer.fit(module, *loaders)
+    earlier = min(tmp_path.glob("*.ckpt"), key=lambda path: path.name)
+    assert torch.load(earlier, weights_only=True)["global_step"] == 6
+    trainer.validate(module, loaders[1], ckpt_path=earlier, verbose=False)
+    assert [row["iteration"] for row in curve.rows] == [2, 4, 6, 8]
+
+
 def test_curves_of_different_metrics_live_side_by_side_in_a_checkpoint(make_module, loaders, make_trainer, tmp_path):
     by_loss, by_accuracy = ValidationCurve(), ValidationCurve("val/acc", metrics=())
     trainer = make_trainer(callbacks=[by_loss, by_accuracy], max_steps=4)

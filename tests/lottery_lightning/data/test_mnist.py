@@ -59,6 +59,15 @@ def test_pixels_are_scaled_and_normalised_and_labels_stay_with_their_images(smal
     assert sorted(seen) == sorted([*range(12), *range(5)])
 
 
+def test_a_set_that_is_read_already_is_not_read_again(small):
+    data = offline(small, val_size=2)
+    data.setup("fit")
+    (small / "MNIST" / "raw" / NAMES[0]).unlink()
+    data.prepare_data()
+    data.setup("test")
+    assert len(data.splits["train"][1]) == 10
+
+
 def test_nothing_there_is_one_line_that_names_folder_and_mend(tmp_path):
     refused(tmp_path)
     refused(tmp_path / "absent")
