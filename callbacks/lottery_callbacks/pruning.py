@@ -86,16 +86,14 @@ class Pruning:
         """
         everything = [name for name, _ in module.named_parameters()]
         prunable = list(self.prunable(module))
-        for what, patterns, names in (
-            ("exclude", self.exclude, everything),
-            ("include", self.include, everything),
-            ("rates", self.rates, prunable),
+        for what, patterns, kind, names in (
+            ("exclude", self.exclude, "parameter", everything),
+            ("include", self.include, "parameter", everything),
+            ("rates", self.rates, "prunable layer", prunable),
         ):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(
-                        f"{what} names {pattern!r}, which is no prunable layer: there are {describe(names)}"
-                    )
+                    raise ValueError(f"{what} names {pattern!r}, which is no {kind}: there are {describe(names)}")
         if self.rates and self.scope != "layerwise":
             raise ValueError(f"rates per layer need scope='layerwise'; with scope={self.scope!r} use `exclude`")
         if not prunable:

@@ -31,7 +31,7 @@ class SparsityMonitor(L.Callback):
         kept = M.kept(masks)
         self.densities = {name: kept[name] / mask.numel() for name, mask in masks.items()}
         for name, fraction in self.densities.items():
-            if fraction <= self.min_density or kept[name] <= 1:
+            if fraction < 1 and (fraction <= self.min_density or kept[name] <= 1):
                 rank_zero_warn(
                     f"layer {name} has collapsed: {kept[name]} of {masks[name].numel()} weights are left; "
                     "prune it at a lower rate, or exclude it"

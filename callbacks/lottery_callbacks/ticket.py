@@ -118,7 +118,7 @@ class Ticket:
                 raise ValueError(header["format"])
             training = _give_tensors(header["training"], tensors)
             step, provenance = header["step"], header["provenance"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ValueError(
                 f"{path} is no ticket of format {FORMAT}: give a file of a run's tickets/ folder"
             ) from error

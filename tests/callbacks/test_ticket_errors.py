@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -103,3 +105,11 @@ def test_of_many_differences_the_first_in_the_network_is_named():
     narrow, wide = (nn.Sequential(*(nn.Linear(width, width) for _ in range(20))) for width in (3, 4))
     with pytest.raises(ValueError, match=r"architecture: 0\.weight is \(3, 3\) in the ticket"):
         dense_ticket(narrow).apply_(wide)
+
+
+def test_a_header_with_an_empty_training_state_is_no_ticket(tmp_path):
+    header = {"format": "lottery-ticket/1", "step": 0, "provenance": {}, "training": {}}
+    path = tmp_path / "empty.safetensors"
+    safetensors.torch.save_file({"mask/a": torch.ones(1)}, path, metadata={"ticket": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"empty\.safetensors is no ticket of format"):
+        Ticket.load(path)

@@ -18,8 +18,8 @@ def early_stop_iteration(iterations: Sequence[int], losses: Sequence[float]) -> 
 
 
 def lowest(losses: Sequence[float]) -> float:
-    """The minimum, where a loss that is not a number counts as infinite."""
-    return min(map(_or_infinite, losses))
+    """The minimum, where a loss that is not a number counts as infinite; infinite where there is none."""
+    return min(map(_or_infinite, losses), default=math.inf)
 
 
 def first_iteration_reaching(iterations: Sequence[int], losses: Sequence[float], target: float) -> int | None:
