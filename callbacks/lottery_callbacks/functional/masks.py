@@ -37,7 +37,7 @@ def as_bits(mask: Tensor, like: Tensor) -> Tensor:
 def zero_pruned_(tensor: Tensor, bits: Tensor) -> None:
     """Set `tensor` to +0.0 in place where `bits` (of `as_bits`) is pruned, also where it is NaN or negative.
 
-    A bitwise and: exact, and on a CPU 7 to 38 times as fast as a boolean product or `masked_fill_`.
+    A bitwise and: exact, and about as cheap on a CPU as a float product.
     """
     tensor.detach().view(bits.dtype).bitwise_and_(bits)
 
