@@ -1,9 +1,20 @@
 """Data: LightningDataModules that hold whole sets as tensors on the training device."""
 
 from lottery_lightning.data.arrays import Arrays
+from lottery_lightning.data.cifar10 import CIFAR10
 from lottery_lightning.data.datamodule import TensorDataModule
 from lottery_lightning.data.digits import Digits
 from lottery_lightning.data.loader import EpochOrder, ShuffledTensorLoader, TensorLoader
-from lottery_lightning.data.mnist import MNIST
+from lottery_lightning.data.mnist import MNIST, RotatedMNIST
 
-__all__ = ["MNIST", "Arrays", "Digits", "EpochOrder", "ShuffledTensorLoader", "TensorDataModule", "TensorLoader"]
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "Arrays",
+    "Digits",
+    "EpochOrder",
+    "RotatedMNIST",
+    "ShuffledTensorLoader",
+    "TensorDataModule",
+    "TensorLoader",
+]

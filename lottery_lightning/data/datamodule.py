@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lottery_lightning.data.loader import EpochOrder, ShuffledTensorLoader, TensorLoader
+from lottery_lightning.data.loader import Augment, EpochOrder, ShuffledTensorLoader, TensorLoader
 
 Split = tuple[Tensor, Tensor]
 
@@ -15,10 +15,12 @@ Split = tuple[Tensor, Tensor]
 class TensorDataModule(L.LightningDataModule):
     """Serves train, validation and test sets that fit on the device; a data set is a subclass with `load`.
 
+    A subclass may set `augment`, which changes each training batch by draws of (data_seed, level, epoch, batch).
+
     Args:
         batch_size: training batch of one process.
         eval_batch_size: batch of validation, test and prediction.
-        data_seed: decides the order of the training data, with the level and the epoch.
+        data_seed: decides the order of the training data and its augmentation, with the level and the epoch.
         data_order: "new" shuffles anew at every level; "repeat" gives every level the order of level 0.
         split_seed: decides which training examples are held out for validation.
     """
@@ -40,6 +42,7 @@ class TensorDataModule(L.LightningDataModule):
         self.data_seed, self.data_order, self.split_seed = data_seed, data_order, split_seed
         self.level = 0
         self.splits: dict[str, Split] = {}
+        self.augment: Augment | None = None
 
     def load(self) -> Mapping[str, Split]:
         """The splits "train", "val" and "test" as (images float32, labels int64), normalised, on the CPU."""
@@ -57,7 +60,7 @@ class TensorDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ShuffledTensorLoader:
         order = EpochOrder(self.data_seed, self.level)
-        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place())
+        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place(), self.augment)
 
     def val_dataloader(self) -> TensorLoader:
         return TensorLoader(*self.splits["val"], self.eval_batch_size, *self._place())

@@ -1,10 +1,12 @@
 """Batches from tensors that lie on the training device: no worker processes, no collation, no copies."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class EpochOrder:
@@ -24,8 +26,15 @@ class EpochOrder:
 
     def permutation(self, size: int) -> Tensor:
         """Indices of this epoch, on the CPU so that every device gets the same."""
-        mixed = random.Random(f"{self.seed}/{self.level}/{self.epoch}").getrandbits(63)
-        return torch.randperm(size, generator=torch.Generator().manual_seed(mixed))
+        return torch.randperm(size, generator=self._generator())
+
+    def generator(self, rank: int) -> torch.Generator:
+        """For the augmentation of the present batch: a resumed epoch goes on with the draws of an unbroken one."""
+        return self._generator("batch", self.batch, rank)
+
+    def _generator(self, *parts: object) -> torch.Generator:
+        mixed = random.Random("/".join(map(str, (self.seed, self.level, self.epoch, *parts)))).getrandbits(63)
+        return torch.Generator().manual_seed(mixed)
 
 
 class TensorLoader:
@@ -59,14 +68,23 @@ class ShuffledTensorLoader(TensorLoader):
     """The same for training: each epoch in a new order, with a position that checkpoints keep.
 
     Over several processes the set is cut to a multiple of `world_size`, so that all make as many steps. The
-    order is called `sampler` because Lightning calls `loader.sampler.set_epoch`.
+    order is called `sampler` because Lightning calls `loader.sampler.set_epoch`. `augment(images, generator)`, if
+    given, changes each batch at random.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, order: EpochOrder, rank: int = 0, world_size: int = 1
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        order: EpochOrder,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__(images, labels, batch_size, rank, world_size)
         self.sampler = order
+        self.augment = augment
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.sampler.batch == len(self):
@@ -74,7 +92,10 @@ class ShuffledTensorLoader(TensorLoader):
         order = self._share(self.sampler.permutation(len(self.labels))).to(self.labels.device)
         for batch in order.split(self.batch_size)[self.sampler.batch :]:
             self.sampler.batch += 1  # before the yield: a checkpoint made during the step counts it as done
-            yield self.images[batch], self.labels[batch]
+            images = self.images[batch]
+            if self.augment is not None:
+                images = self.augment(images, self.sampler.generator(self.rank))
+            yield images, self.labels[batch]
 
     def _share(self, examples: Tensor) -> Tensor:
         return super()._share(examples[: len(examples) // self.world_size * self.world_size])

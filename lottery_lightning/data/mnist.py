@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
 
@@ -46,7 +48,7 @@ class MNIST(TensorDataModule):
         try:
             for train in (True, False):
                 data = datasets.MNIST(self.data_dir, train)
-                images = (data.data.unsqueeze(1).float() / 255 - 0.1307) / 0.3081
+                images = (self.change(data.data.unsqueeze(1).float() / 255, train) - 0.1307) / 0.3081
                 if len(images) != len(data.targets):
                     raise ValueError(f"{len(images)} images and {len(data.targets)} labels")
                 sets[train] = (images, data.targets.to(torch.int64))
@@ -55,6 +57,10 @@ class MNIST(TensorDataModule):
         train_set, val = hold_out(*sets[True], self.val_size, self.split_seed)
         return {"train": train_set, "val": val, "test": sets[False]}
 
+    def change(self, images: Tensor, train: bool) -> Tensor:
+        """What a variant of the set makes of all training or test images, (n, 1, 28, 28) in [0, 1]."""
+        return images
+
     def _mend(self, error: Exception) -> str:
         raw = self.data_dir / "MNIST" / "raw"
         reason = " ".join(str(error).split())[:120]
@@ -62,3 +68,24 @@ class MNIST(TensorDataModule):
             f"MNIST cannot be read in {raw} ({reason}): put the four official *-ubyte files there whole, "
             "delete torn ones, or go online to download them"
         )
+
+
+class RotatedMNIST(MNIST):
+    """MNIST with each digit turned by an angle of its own, uniform over the circle, bilinear; the same every time.
+
+    Larochelle et al. (2007) made such a set with 12,000 training images; this one keeps all of MNIST and its split.
+    Normalisation and arguments are those of `MNIST`.
+    """
+
+    def change(self, images: Tensor, train: bool) -> Tensor:
+        """All images turned; the angles depend on `train` alone."""
+        angles = 2 * torch.pi * torch.rand(len(images), generator=torch.Generator().manual_seed(int(train)))
+        return torch.cat([rotated(*part) for part in zip(images.split(1000), angles.split(1000), strict=True)])
+
+
+def rotated(images: Tensor, angles: Tensor) -> Tensor:
+    """Square images (n, channels, size, size) turned about their centres by `angles` (n,) in radians, bilinear."""
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

@@ -1,0 +1,92 @@
+"""CIFAR-10 with the lottery ticket paper's split."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lottery_lightning.data.augment import crop_and_flip
+from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
+
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
+DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616])
+
+
+class CIFAR10(TensorDataModule):
+    """60,000 colour images of 32 x 32 pixels: 45,000 train and 5,000 validation (arXiv 1803.03635), 10,000 test.
+
+    Images are (3, 32, 32), scaled to [0, 1] and normalised by the channels' mean and standard deviation.
+
+    Args:
+        data_dir: folder with `cifar10.npz` (`x_train, y_train, x_test, y_test`; x uint8 of (n, 32, 32, 3)), which is
+            read where it is; else torchvision's files are, and are downloaded there where absent.
+        download: False never touches the network.
+        val_size: training examples held out for validation.
+        augment: crop training images at random out of a border of 4 black pixels, and mirror half of them.
+        **kwargs: see `TensorDataModule`.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path = "data",
+        download: bool = True,
+        val_size: int = 5000,
+        augment: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.data_dir, self.download, self.val_size = Path(data_dir), download, val_size
+        if augment:
+            self.augment = partial(crop_and_flip, fill=-MEAN / DEVIATION)
+
+    @property
+    def file(self) -> Path:
+        """The one file that is read instead of torchvision's."""
+        return self.data_dir / "cifar10.npz"
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        if self.splits or self.file.exists():
+            return
+        from torchvision import datasets
+
+        try:
+            datasets.CIFAR10(self.data_dir, download=self.download)
+        except Exception as error:  # torchvision raises RuntimeError, URLError, EOFError, zlib.error ...
+            raise RuntimeError(self._mend(error)) from error
+
+    def load(self) -> Mapping[str, Split]:
+        try:
+            arrays = self._from_file() if self.file.exists() else self._from_torchvision()
+            train, test = (_split(*arrays[name]) for name in ("train", "test"))
+        except Exception as error:
+            raise RuntimeError(self._mend(error)) from error
+        rest, val = hold_out(*train, self.val_size, self.split_seed)
+        return {"train": rest, "val": val, "test": test}
+
+    def _from_file(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        with np.load(self.file, allow_pickle=False) as file:
+            return {name: (file[f"x_{name}"], file[f"y_{name}"]) for name in ("train", "test")}
+
+    def _from_torchvision(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        from torchvision import datasets
+
+        sets = {name: datasets.CIFAR10(self.data_dir, train=name == "train") for name in ("train", "test")}
+        return {name: (part.data, np.asarray(part.targets)) for name, part in sets.items()}
+
+    def _mend(self, error: Exception) -> str:
+        return (
+            f"CIFAR-10 cannot be read in {self.data_dir} ({' '.join(str(error).split())[:120]}): put cifar10.npz or "
+            "torchvision's cifar-10-batches-py there whole, delete torn files, or go online to download them"
+        )
+
+
+def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or len(pixels) != len(labels):
+        raise ValueError(f"images are {pixels.dtype} {pixels.shape}, labels {labels.shape}")
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    images.sub_(MEAN.view(1, 3, 1, 1)).div_(DEVIATION.view(1, 3, 1, 1))
+    return images.contiguous(), torch.from_numpy(labels.astype(np.int64))
