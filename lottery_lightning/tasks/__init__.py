@@ -1,5 +1,6 @@
-"""Tasks: LightningModules around any `nn.Module`."""
+"""Tasks: LightningModules around any `nn.Module`, and schedules for them."""
 
 from lottery_lightning.tasks.image_classification import ImageClassifier
+from lottery_lightning.tasks.schedules import WarmupMultiStepLR
 
-__all__ = ["ImageClassifier"]
+__all__ = ["ImageClassifier", "WarmupMultiStepLR"]

@@ -56,6 +56,7 @@ def test_layers_without_bias_and_other_layers_are_left_in_peace():
 
 @pytest.mark.parametrize("make", [lambda init: Dense([4, 3], init=init), lambda init: LeNet5(init=init)])
 def test_an_unknown_scheme_is_refused_with_the_choices(make):
-    message = r"^init='glorot' is not known: glorot_normal, kaiming_normal, kaiming_uniform or default$"
+    known = "glorot_normal, kaiming_normal, kaiming_normal_fan_out, kaiming_uniform or default"
+    message = rf"^init='glorot' is not known: {known}$"
     with pytest.raises(ValueError, match=message):
         make("glorot")
