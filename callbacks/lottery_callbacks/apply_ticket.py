@@ -1,6 +1,7 @@
 """Train a ticket, or a control of it, in one ordinary fit."""
 
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import lightning.pytorch as L
@@ -11,6 +12,7 @@ from lottery_callbacks import random_state
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.messages import describe, one_of
+from lottery_callbacks.names import named_parameters, plain_modules
 from lottery_callbacks.ticket import Ticket
 
 Weights = Literal["rewind", "reinit"]
@@ -93,18 +95,23 @@ def reinitialise(module: nn.Module, seed: int) -> None:
     frozen = {parameter: parameter.clone() for parameter in module.parameters() if not parameter.requires_grad}
     missing = [
         name
-        for name, parameter in module.named_parameters()
-        if parameter not in frozen and not any(hasattr(m, "reset_parameters") for m in _lineage(module, name))
+        for name, parameter in named_parameters(module).items()
+        if parameter not in frozen and not any(_resetter(part) for part in _lineage(module, name))
     ]
     if missing:
         raise ValueError(f"cannot reinitialise {describe(missing)}: give the module that owns it reset_parameters()")
     with random_state.forked():
         torch.manual_seed(seed)
-        for part in reversed(list(module.modules())):
-            if callable(reset := getattr(part, "reset_parameters", None)):
+        for part in reversed(plain_modules(module)):
+            if reset := _resetter(part):
                 reset()
     for parameter, value in frozen.items():
         parameter.copy_(value)
+
+
+def _resetter(part: nn.Module) -> Callable[[], None] | None:
+    """`reset_parameters`, which `nn.MultiheadAttention` and `nn.Transformer` spell with an underscore."""
+    return getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
 
 
 def _lineage(module: nn.Module, parameter: str) -> list[nn.Module]:

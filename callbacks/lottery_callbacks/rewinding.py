@@ -8,7 +8,11 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+
+from lottery_callbacks.messages import describe
+from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,34 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def load_snapshot(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the module's parameters and buffers, in place.
 
+    Tied tensors may come under each of their names, as in a `state_dict`; of them the first one counts. Buffers that
+    a `state_dict` leaves out may be absent, and keep their values. As in `load_state_dict` a tensor takes the module's
+    own dtype: exactly where that is wider, rounded to nearest where it is narrower, and a line says so.
+
     Raises:
         ValueError: names or shapes differ from the module's.
     """
-    own = _named_tensors(module)
+    own, further = _named_tensors(module), further_names(module)
+    own = {name: tensor for name, tensor in own.items() if name in tensors or name not in _transient(module)}
     check_same_architecture(
-        {name: tensor.shape for name, tensor in tensors.items()}, {name: tensor.shape for name, tensor in own.items()}
+        {name: tensor.shape for name, tensor in tensors.items() if name not in further},
+        {name: tensor.shape for name, tensor in own.items()},
     )
+    rounded = [name for name, tensor in own.items() if _rounds(tensors[name].dtype, tensor.dtype)]
+    if rounded:
+        there, here = tensors[rounded[0]].dtype, own[rounded[0]].dtype
+        rank_zero_info(f"rounded to the network's precision, {there} to {here}: {describe(rounded)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def _transient(module: nn.Module) -> set[str]:
+    return named_buffers(module).keys() - {canonical(name) for name in module.state_dict()}
+
+
+def _rounds(source: torch.dtype, target: torch.dtype) -> bool:
+    return torch.promote_types(source, target) != target
 
 
 def check_same_architecture(ticket: Mapping[str, torch.Size], module: Mapping[str, torch.Size]) -> None:
@@ -92,7 +114,7 @@ def training_state(trainer: L.Trainer) -> dict[str, Any]:
         "precision": trainer.precision_plugin.state_dict(),
         "loops": trainer.fit_loop.state_dict(),
     }
-    return _to_cpu(state)
+    return to_cpu(state)
 
 
 def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
@@ -149,15 +171,16 @@ def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    return {**named_parameters(module), **named_buffers(module)}
 
 
-def _to_cpu(value: Any) -> Any:
+def to_cpu(value: Any) -> Any:
+    """A deep copy with its tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
-        copied = {key: _to_cpu(item) for key, item in value.items()}
+        copied = {key: to_cpu(item) for key, item in value.items()}
         return Counter(copied) if isinstance(value, Counter) else copied  # the milestones of MultiStepLR
     if isinstance(value, list | tuple):
-        return type(value)(_to_cpu(item) for item in value)
+        return type(value)(to_cpu(item) for item in value)
     return copy.deepcopy(value)

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from lottery_callbacks.foreign import plain
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.messages import describe
+from lottery_callbacks.names import canonical, named_parameters
 from lottery_callbacks.rewinding import RewindPoint, check_same_architecture, load_snapshot
 
 FORMAT = "lottery-ticket/1"
@@ -45,20 +48,21 @@ class Ticket:
 
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, in one line, where `module` is not the architecture of the ticket."""
-        masked = {name: p.shape for name, p in module.named_parameters() if name in self.masks}
+        masked = {name: p.shape for name, p in named_parameters(module).items() if name in self.masks}
         check_same_architecture({name: mask.shape for name, mask in self.masks.items()}, masked)
 
     def apply_(self, module: nn.Module) -> nn.Module:
         """Overwrite `module` in place with the sparse network at the rewind point, and return it.
 
-        Works on the LightningModule that the ticket was found on and on any module of the same names; for the
-        bare network inside it, see `for_submodule`.
+        Works on the LightningModule that the ticket was found on and on any module of the same names, compiled or
+        not; for the bare network inside it, see `for_submodule`. Values take the module's dtype, as `load_snapshot`
+        says.
 
         Raises:
             ValueError: another architecture.
         """
         self.check(module)
-        parameters = dict(module.named_parameters())
+        parameters = named_parameters(module)
         load_snapshot(module, self.rewind.tensors)
         for name, mask in self.masks.items():
             M.zero_pruned_(parameters[name], M.as_bits(mask, parameters[name]))
@@ -69,7 +73,7 @@ class Ticket:
 
         The optimizer's state stays behind, since it belongs to the whole module.
         """
-        prefix = name + "."
+        prefix = canonical(name) + "."
 
         def inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -79,6 +83,44 @@ class Ticket:
         return replace(
             self, masks=inside(self.masks), rewind=RewindPoint(self.rewind.step, inside(self.rewind.tensors))
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sparse network at the rewind point, mask * W_k, as a plain dense state dict: copies, pruned ones +0.0.
+
+        ```python
+        network.load_state_dict(ticket.for_submodule("network").state_dict())
+        ```
+
+        Loads with `strict=True` where the network ties no weights and all its buffers are persistent: a rewind point
+        holds tied tensors once, and every buffer. For the others `apply_(network).state_dict()` has the right names.
+        """
+        tensors = {name: tensor.clone() for name, tensor in self.rewind.tensors.items()}
+        for name, mask in self.masks.items():
+            M.zero_pruned_(tensors[name], M.as_bits(mask, tensors[name]))
+        return tensors
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], provenance: dict[str, Any] | None = None) -> "Ticket":
+        """The ticket of a network that `torch.nn.utils.prune` pruned, wrapped and compiled or not (see `plain`).
+
+        Its rewind point is the state dict as it stands, at step 0, copied to the CPU; W_orig keeps its values under
+        the mask, which a shuffled mask may bring back. Tensors that share their memory are tied: they are kept once,
+        under their first name, whose mask then holds at every end. Without a provenance it is of level 1, so that a
+        lottery goes on from it: save it as `IterativeMagnitudePruning.ticket_path(1)`.
+
+        Raises:
+            ValueError: no mask is in it, or `plain` cannot read it.
+        """
+        tensors, masks = plain(state_dict)
+        if not masks:
+            raise ValueError(
+                "the state dict holds no *_orig and *_mask, and a mask is never read off zeros: "
+                "give Ticket(masks, RewindPoint(0, tensors)) masks of your own"
+            )
+        first = _first_names(tensors)
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if first[name] == name}
+        of_masks = {first[n]: m.cpu().clone() for n, m in masks.items() if first[n] == n or first[n] not in masks}
+        return cls(of_masks, RewindPoint(0, copies), {"level": 1} if provenance is None else provenance)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write atomically; equal tickets give equal bytes."""
@@ -149,6 +191,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each name with the first name of the same memory: its own where it is not tied."""
+    first: dict[Any, str] = {}
+    places = {n: (t.data_ptr(), t.shape, t.dtype, t.device) if t.numel() else n for n, t in tensors.items()}
+    return {name: first.setdefault(place, name) for name, place in places.items()}
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stranger import Blobs, Lottery, Net, bits, fit_with, make_plain, masked, quiet, raw, seeded
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Ticket
+from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Pruning, Ticket
+from lottery_callbacks.apply_ticket import reinitialise
 
 PRUNED = {"encoder.weight": (10, 6), "decoder.weight": (10, 10), "head.weight": (3, 1, 5)}
 
@@ -213,3 +216,144 @@ def test_what_the_callback_holds_is_no_part_of_the_module(tmp_path):
         assert list(module.state_dict()) == keys
         assert [type(part) for part in module.modules()] == kinds
         assert raw(module.encoder.weight) == raw(module.again.weight)
+
+
+# ---- networks of others, each in a module of its own
+
+
+class Task(L.LightningModule):
+    """A stranger's classifier around any network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", F.cross_entropy(self.network(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class Attention(nn.Module):
+    """An encoder layer, whose projection `in_proj_weight` belongs to MultiheadAttention itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.block(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, num_layers=2, dropout=0.1, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Tied(nn.Module):
+    """A language model whose output layer is its embedding; `first` says which of the two is registered first."""
+
+    def __init__(self, first="words"):
+        super().__init__()
+        layers = {"words": nn.Embedding(11, 8), "output": nn.Linear(8, 11, bias=False)}
+        for name in sorted(layers, key=lambda name: name != first):
+            self.add_module(name, layers[name])
+        self.mix = nn.Linear(8, 8)
+        self.output.weight = self.words.weight
+
+    def forward(self, tokens):
+        return self.output(self.mix(self.words(tokens)).relu().mean(1))
+
+
+def resnet():
+    """torchvision's ResNet-18, its blocks an eighth as wide."""
+    resnet = pytest.importorskip("torchvision").models.resnet
+
+    class Narrow(resnet.ResNet):
+        def _make_layer(self, block, planes, *args, **kwargs):
+            return super()._make_layer(block, planes // 8, *args, **kwargs)
+
+    network = Narrow(resnet.BasicBlock, [2, 2, 2, 2])
+    network.fc = nn.Linear(64, 3)
+    return network
+
+
+ATTENTION = ["block.self_attn.in_proj_weight", "block.self_attn.out_proj.weight", "block.linear1.weight",
+             "block.linear2.weight", "head.weight"]  # fmt: skip
+LSTM = [f"lstm.weight_{of}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for of in ("ih", "hh")]
+STRANGERS = {  # network, shape of an input or None for tokens, names of what is pruned, `include`
+    "resnet18": (resnet, (3, 16, 16), 22, ()),  # 21, and a projection that the narrowing adds
+    "attention": (Attention, (5, 8), ATTENTION, ()),
+    "lstm": (Recurrent, (5, 8), [*LSTM, "head.weight"], ()),
+    "tied": (Tied, None, ["mix.weight"], ()),
+    "tied, output first": (lambda: Tied("output"), None, ["mix.weight"], ()),
+    "tied and included": (Tied, None, ["words.weight", "mix.weight"], ["*words.weight"]),
+}
+
+
+def batches_of(shape):
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(12) % 3
+    inputs = torch.randint(0, 11, (12, 4), generator=generator)
+    if shape:
+        inputs = torch.randn(12, *shape, generator=generator) + labels.view(-1, *[1] * len(shape))
+    return DataLoader(TensorDataset(inputs, labels), batch_size=4)
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_strangers_network_is_pruned_and_rewound_and_each_level_is_a_fit_of_its_ticket(tmp_path, name):
+    make, shape, pruned, include = STRANGERS[name]
+    imp = IterativeMagnitudePruning(0.5, "1it", tmp_path, Pruning(include=include))
+    loaders, options = (batches_of(shape), batches_of(shape)), {"max_epochs": 1}
+    module = seeded(0, lambda: Task(make()))
+    for level in imp.levels(2):
+        L.seed_everything(20 + level.number, verbose=False)
+        quiet(level.run_dir, [imp], **options).fit(module, *loaders)
+    ticket = Ticket.load(imp.ticket_path(2))
+    names = [name.removeprefix("network.") for name in ticket.masks]
+    assert len(names) == pruned if isinstance(pruned, int) else sorted(names) == sorted(pruned)
+    for key, mask in ticket.masks.items():
+        weight = module.get_parameter(key)
+        assert not any(raw(weight[~mask]))
+        assert weight[mask].all()
+        assert 0.24 <= mask.float().mean() <= 0.26
+    alone = seeded(5, lambda: Task(make()))
+    L.seed_everything(22, verbose=False)
+    quiet(tmp_path, [ApplyTicket(ticket)], **options).fit(alone, *loaders)
+    assert bits(alone) == bits(module)
+    inputs = loaders[0].dataset.tensors[0]
+    bare = seeded(6, make)  # eval and no_grad: attention takes its fast path, an LSTM its flat weights
+    bare.load_state_dict({key.removeprefix("network."): tensor for key, tensor in module.state_dict().items()})
+    with torch.no_grad():
+        assert raw(bare.eval()(inputs)) == raw(module.network.eval()(inputs))
+
+
+def test_a_matrix_that_is_tied_to_an_embedding_is_one_whichever_comes_first():
+    for first in ("words", "output"):
+        network = Tied(first)
+        assert Pruning().excluded(network)[f"{first}.weight"] == "embedding"
+        assert list(Pruning(include=[f"{first}.weight"]).prunable(network)) == [f"{first}.weight", "mix.weight"]
+
+
+def test_attention_is_redrawn_as_its_constructor_draws_it():
+    """Its `_reset_parameters` has an underscore."""
+    module, drawn = seeded(0, Attention), []
+    for _ in range(2):
+        reinitialise(module, 3)
+        drawn.append(bits(module))
+    assert drawn[0] == drawn[1]
+    weight = module.block.self_attn.in_proj_weight
+    assert raw(weight) != raw(seeded(0, Attention).block.self_attn.in_proj_weight)
+    limit = (6 / (8 + 24)) ** 0.5  # Xavier's
+    assert 0.9 * limit < weight.abs().max() <= limit
+    assert not module.block.self_attn.in_proj_bias.any()
