@@ -15,9 +15,10 @@ from torch import nn
 
 from lottery_callbacks.apply_ticket import start_from
 from lottery_callbacks.checkpoints import newest_checkpoint
+from lottery_callbacks.evidence import PruningCallback
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
-from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.masked_training import require_agreement
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint, snapshot
@@ -40,7 +41,7 @@ class Level:
         return newest_checkpoint(self.run_dir)
 
 
-class IterativeMagnitudePruning(MaskedTraining):
+class IterativeMagnitudePruning(PruningCallback):
     """Finds winning tickets (Frankle & Carbin, arXiv 1803.03635; rewinding to step k as in 1912.05671).
 
     ```python
@@ -82,13 +83,12 @@ class IterativeMagnitudePruning(MaskedTraining):
         retrain: Retrain = "weights",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(pruning)
         if not 0 < rate < 1:
             raise ValueError(f"rate={rate} is outside (0, 1): it is the fraction of surviving weights a level removes")
         self.rate = rate
         self.rewind = Step.parse(rewind)
         self.run_dir = Path(run_dir)
-        self.pruning = pruning or Pruning()
         self.retrain = one_of("retrain", retrain, ("weights", "learning_rate", "fine_tune"))
         self.seed = seed
         self.ticket: Ticket | None = None
@@ -217,9 +217,9 @@ class IterativeMagnitudePruning(MaskedTraining):
                 f"the run ended at step {trainer.global_step}, before rewind={self.rewind}: "
                 "rewind earlier or train longer"
             )
-        weights = {name: p.detach().cpu() for name, p in pl_module.named_parameters() if name in self.masks}
         generator = torch.Generator().manual_seed(1_000 * self.seed + self.level)
-        masks = self.pruning.next_masks(weights, self.masks, self.rate, generator)
+        masks = self.pruning.next_masks(self.evidence(trainer, pl_module, generator), self.masks, self.rate)
+        require_agreement(trainer, masks)
         self.level += 1
         rewind = self._rewind_point(trainer, pl_module, self.ticket.rewind)
         self._keep(Ticket(masks, rewind, self._provenance(self.level, self.ticket)), trainer)
@@ -245,6 +245,7 @@ class IterativeMagnitudePruning(MaskedTraining):
             "pruning": str(self.pruning),
             "exclude": list(self.pruning.exclude),
             "include": list(self.pruning.include),
+            "batches": self.pruning.batches,
             "rewind": str(self.rewind),
             "retrain": self.retrain,
             "seed": self.seed,

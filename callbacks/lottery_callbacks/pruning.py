@@ -1,15 +1,17 @@
 """What is pruned, and by which rule: score x scope x rates, with the selection of prunable parameters."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from lottery_callbacks.functional.masks import Masks, keep_highest
-from lottery_callbacks.functional.scopes import SCOPES
-from lottery_callbacks.functional.scores import SCORES, Score
+from lottery_callbacks.functional.masks import Masks, keep_highest, kept
+from lottery_callbacks.functional.scopes import SCOPES, Budget
+from lottery_callbacks.functional.scores import SCORES, Evidence, Score, Tensors
 from lottery_callbacks.messages import describe, one_of
+from lottery_callbacks.names import named_parameters, owners
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -18,17 +20,20 @@ class Pruning:
     """One rule of pruning, used at every level.
 
     Args:
-        score: ranks weights, the highest are kept: "magnitude", "random", or a function
-            (weights by name, generator) -> scores by name.
+        score: ranks weights, the highest are kept: "magnitude", "random", "gradient", "snip", "grasp", "synflow",
+            "movement", or a function `Evidence` -> scores by name (see `functional.scores`).
         scope: "layerwise" prunes each tensor by itself, "global" ranks all together, "erk" gives each layer its
             Erdos-Renyi-Kernel share of the global count.
         rates: parameter name or pattern -> a rate of its own in [0, 1), instead of the callback's; the last match
             wins. The paper's half rate for the output layer is `{"*output.weight": 0.1}`.
         exclude: names or patterns of parameters that stay dense.
         include: names or patterns of parameters that are pruned although the default leaves them out.
+        batches: how many of the last training batches a score of the loss sees.
 
     Prunable by default: trainable weight tensors of two or more dimensions. Left out: biases, norm layers,
-    embeddings and frozen parameters. Tied parameters count once.
+    embeddings and frozen parameters. Tied parameters count once, under their first name; a matrix that an output
+    layer shares with an embedding is an embedding, whichever comes first, and `include` prunes both ends. Names are
+    those of the plain network, without the `_orig_mod.` of `torch.compile`.
 
     Raises:
         ValueError: an unknown score or scope, a rate outside [0, 1), a pattern that matches nothing.
@@ -41,6 +46,7 @@ class Pruning:
         rates: Mapping[str, float] | None = None,
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
+        batches: int = 1,
     ) -> None:
         if isinstance(score, str) and score not in SCORES:
             raise ValueError(f"score={score!r} is not known: choose one of {', '.join(SCORES)}, or give a function")
@@ -52,14 +58,26 @@ class Pruning:
         self.rates = dict(rates or {})
         self.exclude = tuple(exclude)
         self.include = tuple(include)
+        if batches < 1:
+            raise ValueError(f"batches={batches}: a score of the loss sees one batch at least")
+        self.batches = batches
+
+    @property
+    def needs(self) -> str | None:
+        """What a fit collects for the score: "batches", "movement", or None."""
+        return getattr(self._score, "needs", None)
+
+    @property
+    def _score(self) -> Score:
+        return SCORES[self.score] if isinstance(self.score, str) else self.score
 
     def prunable(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that this rule prunes, in the module's own order."""
-        return {name: p for name, p in module.named_parameters() if self.reason_to_leave(module, name, p) is None}
+        return {n: p for n, p in named_parameters(module).items() if self.reason_to_leave(module, n, p) is None}
 
     def excluded(self, module: nn.Module) -> dict[str, str]:
         """Every other parameter, with the reason."""
-        reasons = {name: self.reason_to_leave(module, name, p) for name, p in module.named_parameters()}
+        reasons = {name: self.reason_to_leave(module, name, p) for name, p in named_parameters(module).items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def reason_to_leave(self, module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
@@ -68,11 +86,10 @@ class Pruning:
             return "excluded"
         if _matches(name, self.include):
             return None
-        owner, _, leaf = name.rpartition(".")
-        owner_module = module.get_submodule(owner)
-        if isinstance(owner_module, NORMS):
+        leaf, holders = name.rpartition(".")[2], owners(module, parameter)
+        if any(isinstance(holder, NORMS) for holder in holders):
             return "norm layer"
-        if isinstance(owner_module, nn.Embedding | nn.EmbeddingBag):
+        if any(isinstance(holder, nn.Embedding | nn.EmbeddingBag) for holder in holders):
             return "embedding"
         if "bias" in leaf or parameter.ndim < 2 or "weight" not in leaf:
             return "bias" if "bias" in leaf else "no weight matrix"
@@ -84,7 +101,7 @@ class Pruning:
         Raises:
             ValueError: one of them matches nothing, or nothing is left to prune.
         """
-        everything = [name for name, _ in module.named_parameters()]
+        everything = list(named_parameters(module))
         prunable = list(self.prunable(module))
         for what, patterns, kind, names in (
             ("exclude", self.exclude, "parameter", everything),
@@ -104,26 +121,35 @@ class Pruning:
         own = [value for pattern, value in self.rates.items() if fnmatchcase(name, pattern)]
         return own[-1] if own else rate
 
-    def next_masks(
-        self,
-        weights: Mapping[str, Tensor],
-        masks: Masks,
-        rate: float,
-        generator: torch.Generator,
-        rounds: int = 1,
-    ) -> Masks:
+    def next_masks(self, evidence: Evidence, masks: Masks, rate: float, rounds: int = 1) -> Masks:
         """The masks after one pruning that removes as much as `rounds` levels would.
 
         `rounds=1` is one level of iterative pruning; `rounds=n` from dense masks is one-shot pruning to exactly
-        the counts of level n.
+        the counts of level n. A layer that loses all weights, or would at the next level, is named in a warning.
         """
-        score = SCORES[self.score] if isinstance(self.score, str) else self.score
-        scores = score({name: weights[name] for name in masks}, generator)
-        budget = SCOPES[self.scope](masks, {name: self.rate_of(name, rate) for name in masks}, rounds)
-        new = keep_highest(scores, masks, budget)
-        for names, keep in budget.items():
-            assert sum(int(new[name].sum()) for name in names) == keep, names
+        scores = self.scores(evidence, masks)
+        rates = {name: self.rate_of(name, rate) for name in masks}
+        new = keep_exactly(scores, masks, SCOPES[self.scope](masks, rates, rounds))
+        later = keep_exactly(scores, new, SCOPES[self.scope](new, rates, 1))
+        _warn_of_collapse(masks, new, later)
         return new
+
+    def keep(self, evidence: Evidence, masks: Masks, budget: Budget) -> Masks:
+        """The masks that keep the budgeted numbers of the highest scores, see `functional.masks.keep_highest`.
+
+        A layer that loses all weights, or would if as large a part went once more, is named in a warning.
+        """
+        scores = self.scores(evidence, masks)
+        new = keep_exactly(scores, masks, budget)
+        alive = {names: sum(int(masks[name].sum()) for name in names) for names in budget}
+        again = {names: max(1, keep**2 // alive[names]) for names, keep in budget.items()}
+        _warn_of_collapse(masks, new, keep_exactly(scores, new, again))
+        return new
+
+    def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
+        """The score of every weight that has a mask, beside that mask."""
+        scores = self._score(replace(evidence, weights={name: evidence.weights[name] for name in masks}))
+        return {name: scores[name].to(mask.device) for name, mask in masks.items()}
 
     def __str__(self) -> str:
         score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
@@ -132,3 +158,22 @@ class Pruning:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def keep_exactly(scores: Tensors, masks: Masks, budget: Budget) -> Masks:
+    """`keep_highest`, its counts checked."""
+    new = keep_highest(scores, masks, budget)
+    for names, keep in budget.items():
+        assert sum(int(new[name].sum()) for name in names) == keep, names
+    return new
+
+
+def _warn_of_collapse(masks: Masks, new: Masks, later: Masks) -> None:
+    before, now, then = kept(masks), kept(new), kept(later)
+    for name in masks:
+        if before[name] > 0 and (now[name] == 0 or then[name] == 0):
+            when = "now" if now[name] == 0 else f"at the next pruning, and {now[name]:,} of {masks[name].numel():,} now"
+            rank_zero_warn(
+                f"layer {name} is about to collapse: it keeps 0 weights {when}; exclude it, prune it layerwise, or at "
+                "a lower rate"
+            )

@@ -1,9 +1,12 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from lottery_callbacks import Pruning
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.scores import Evidence
 
 
 class Zoo(nn.Module):
@@ -119,7 +122,7 @@ def test_include_brings_back_norm_layers_biases_embeddings_and_others():
 def test_included_norm_layers_and_biases_are_really_pruned():
     module = nn.Sequential(nn.Linear(4, 10), nn.BatchNorm1d(10))
     rule = Pruning(include=["1.weight", "0.bias"])
-    masks = rule.next_masks(weights_of(module), dense(module, rule), 0.2, generator())
+    masks = rule.next_masks(Evidence(weights_of(module), generator()), dense(module, rule), 0.2)
     assert M.kept(masks) == {"0.weight": 32, "0.bias": 8, "1.weight": 8}
     assert masks["1.weight"].tolist() == [False] * 2 + [True] * 8  # a fresh norm layer is constant: ties by index
 
@@ -144,7 +147,7 @@ def test_a_layer_of_rate_zero_stays_dense_while_the_others_are_pruned():
     rule = Pruning(rates={"*output.weight": 0})
     masks = dense(module, rule)
     for kept in (80, 64, 51):
-        masks = rule.next_masks(weights_of(module), masks, 0.2, generator())
+        masks = rule.next_masks(Evidence(weights_of(module), generator()), masks, 0.2)
         assert M.kept(masks) == {"hidden.weight": kept, "output.weight": 50}
 
 
@@ -177,21 +180,23 @@ def test_a_rate_outside_zero_to_one_is_refused_by_its_layer(rate):
 
 
 def test_unknown_scores_and_scopes_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"^score='size' is not known: choose one of magnitude, random, or give a f"):
+    with pytest.raises(
+        ValueError, match=r"^score='size' is not known: choose one of magnitude, random, .*, movement, or give a f"
+    ):
         Pruning(score="size")
     with pytest.raises(ValueError, match=r"^scope='layer' is not known: choose one of layerwise, global, erk$"):
         Pruning(scope="layer")
 
 
 def test_a_score_of_ones_own_decides_what_is_kept():
-    def smallest(weights, generator):
-        return {name: -weight.abs() for name, weight in weights.items()}
+    def smallest(evidence):
+        return {name: -weight.abs() for name, weight in evidence.weights.items()}
 
     module = nn.Sequential(nn.Linear(5, 2))
     with torch.no_grad():
         module[0].weight.copy_(torch.tensor([[9.0, -1.0, 5.0, 2.0, -8.0], [3.0, 4.0, 7.0, -6.0, 0.5]]))
     weights, rule = weights_of(module), Pruning(score=smallest)
-    masks = rule.next_masks(weights, dense(module, rule), 0.5, generator())
+    masks = rule.next_masks(Evidence(weights, generator()), dense(module, rule), 0.5)
     assert weights["0.weight"][masks["0.weight"]].abs().sort().values.tolist() == [0.5, 1, 2, 3, 4]
     assert str(rule) == "smallest, layerwise"
     assert str(Pruning(scope="erk")) == "magnitude, erk"
@@ -200,19 +205,19 @@ def test_a_score_of_ones_own_decides_what_is_kept():
 def test_a_score_of_ones_own_sees_the_prunable_weights_and_the_generator():
     seen = {}
 
-    def score(weights, generator):
-        seen["names"], seen["generator"] = list(weights), generator
-        return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+    def score(evidence):
+        seen["names"], seen["generator"] = list(evidence.weights), evidence.generator
+        return {name: weight.abs() for name, weight in evidence.weights.items()}
 
     module, source = nn.Sequential(nn.Linear(5, 2), nn.BatchNorm1d(2)), generator(8)
-    Pruning(score=score).next_masks(weights_of(module), dense(module, Pruning()), 0.5, source)
+    Pruning(score=score).next_masks(Evidence(weights_of(module), source), dense(module, Pruning()), 0.5)
     assert seen["names"] == ["0.weight"]
     assert seen["generator"] is source
 
 
 def test_scope_global_prunes_small_weights_wherever_they_are():
     weights = {"big": torch.full((10, 10), 2.0), "small": torch.full((10, 10), 0.1)}
-    masks = Pruning(scope="global").next_masks(weights, M.ones(weights), 0.25, generator())
+    masks = Pruning(scope="global").next_masks(Evidence(weights, generator()), M.ones(weights), 0.25)
     assert M.kept(masks) == {"big": 100, "small": 50}
 
 
@@ -222,7 +227,7 @@ def test_rates_per_layer_are_refused_by_scopes_of_one_rate():
     with pytest.raises(ValueError, match=r"^rates per layer need scope='layerwise'; with scope='global'"):
         rule.check(module)
     with pytest.raises(ValueError, match="rates per layer need scope='layerwise'"):
-        rule.next_masks(weights_of(module), dense(module, rule), 0.2, generator())
+        rule.next_masks(Evidence(weights_of(module), generator()), dense(module, rule), 0.2)
 
 
 @pytest.mark.parametrize("scope", ["layerwise", "global", "erk"])
@@ -231,8 +236,8 @@ def test_one_shot_keeps_the_counts_of_so_many_levels(scope):
     rule, weights = Pruning(scope=scope), weights_of(module)
     masks = dense(module, rule)
     for rounds in range(1, 7):
-        masks = rule.next_masks(weights, masks, 0.2, generator())
-        one_shot = rule.next_masks(weights, dense(module, rule), 0.2, generator(), rounds=rounds)
+        masks = rule.next_masks(Evidence(weights, generator()), masks, 0.2)
+        one_shot = rule.next_masks(Evidence(weights, generator()), dense(module, rule), 0.2, rounds=rounds)
         assert sum(M.kept(one_shot).values()) == sum(M.kept(masks).values())
         if scope == "layerwise":
             assert M.kept(one_shot) == M.kept(masks)
@@ -243,7 +248,9 @@ def test_random_scores_depend_on_the_generator_and_magnitude_does_not():
 
     def drawn(score):
         rule = Pruning(score=score)
-        return [M.digest(rule.next_masks(weights, M.ones(weights), 0.5, generator(seed))) for seed in (0, 0, 1)]
+        return [
+            M.digest(rule.next_masks(Evidence(weights, generator(seed)), M.ones(weights), 0.5)) for seed in (0, 0, 1)
+        ]
 
     by_seed = {score: drawn(score) for score in ("random", "magnitude")}
     assert by_seed["random"][0] == by_seed["random"][1] != by_seed["random"][2]
@@ -255,4 +262,42 @@ def test_a_diverged_layer_is_named():
     weights = weights_of(module)
     weights["output.weight"][0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"scores of output\.weight are not finite: did the training diverge"):
-        Pruning().next_masks(weights, dense(module, Pruning()), 0.2, generator())
+        Pruning().next_masks(Evidence(weights, generator()), dense(module, Pruning()), 0.2)
+
+
+def test_a_layer_that_would_be_empty_at_the_next_level_is_named_before():
+    weights = {"big": torch.full((10, 10), 2.0), "small": torch.full((10, 2), 0.1)}
+    rule = Pruning(scope="global")
+    with pytest.warns(
+        UserWarning, match=r"^layer small is about to collapse: .* at the next pruning, and 8 of 20 now"
+    ) as seen:
+        masks = rule.next_masks(Evidence(weights), M.ones(weights), 0.1)
+    assert M.kept(masks) == {"big": 100, "small": 8}
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match=r"^layer small is about to collapse: .* at the next pruning, and 8 of 20 now"):
+        masks = rule.keep(Evidence(weights), M.ones(weights), {("big", "small"): 108})
+    assert M.kept(masks) == {"big": 100, "small": 8}
+    with pytest.warns(UserWarning, match=r"^layer small is about to collapse: it keeps 0 weights now"):
+        masks = rule.next_masks(Evidence(weights), masks, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what has collapsed is not about to
+        rule.next_masks(Evidence(weights), masks, 0.1)
+
+
+def test_integer_and_boolean_scores_rank_like_numbers():
+    weights = {"w": torch.tensor([[4.0, 3.0, 2.0, 1.0]])}
+    for score in (
+        lambda evidence: {"w": evidence.weights["w"].long()},
+        lambda evidence: {"w": evidence.weights["w"] > 2},
+    ):
+        masks = Pruning(score=score).next_masks(Evidence(weights), M.ones(weights), 0.5)
+        assert masks["w"].tolist() == [[True, True, False, False]]
+
+
+def test_a_score_of_the_loss_without_a_running_fit_is_refused_in_one_line():
+    weights = {"w": torch.ones(2, 2)}
+    for score, what in (("snip", "the training loss"), ("synflow", "the synaptic flow"), ("movement", "the movement")):
+        with pytest.raises(ValueError, match=rf"^the score needs {what}.*, which only a running fit has: choose m"):
+            Pruning(score=score).next_masks(Evidence(weights), M.ones(weights), 0.5)
+    with pytest.raises(ValueError, match=r"^batches=0: a score of the loss sees one batch at least$"):
+        Pruning(score="snip", batches=0)

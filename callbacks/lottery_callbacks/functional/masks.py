@@ -64,7 +64,7 @@ def keep_highest(
         budget: group of names -> how many weights the group keeps, all groups together covering `masks`.
 
     Equal scores are removed from the lowest index up (the order of names within a group, then row-major).
-    Cost: one stable sort per group.
+    Cost: one selection (not a sort) per group.
 
     Raises:
         ValueError: a score is not finite, or a budget is below one or above what survives.
@@ -72,20 +72,28 @@ def keep_highest(
     new: Masks = {}
     for names, keep in budget.items():
         flat_mask = torch.cat([masks[name].reshape(-1) for name in names])
-        flat_score = torch.cat([scores[name].detach().reshape(-1) for name in names])
+        flat_score = torch.cat([_floating(scores[name].detach()).reshape(-1) for name in names])
         if not torch.isfinite(flat_score[flat_mask]).all():
             bad = [name for name in names if not torch.isfinite(scores[name][masks[name]]).all()]
             raise ValueError(f"scores of {', '.join(bad)} are not finite: did the training diverge?")
         alive = int(flat_mask.sum())
         if not 1 <= keep <= alive:
             raise ValueError(f"cannot keep {keep} of the {alive} surviving weights of {', '.join(names)}")
-        order = torch.sort(flat_score.masked_fill(~flat_mask, -torch.inf), stable=True).indices
+        values = flat_score.masked_fill(~flat_mask, -torch.inf)
         flat_new = torch.ones_like(flat_mask)
-        flat_new[order[: flat_mask.numel() - keep]] = False
+        if remove := values.numel() - keep:
+            highest_removed = values.kthvalue(remove).values
+            flat_new = values > highest_removed
+            ties = (values == highest_removed).nonzero().flatten()  # the lowest indices go first
+            flat_new[ties[len(ties) - (keep - int(flat_new.sum())) :]] = True
         sizes = [masks[name].numel() for name in names]
         for name, part in zip(names, flat_new.split(sizes), strict=True):
             new[name] = part.view(masks[name].shape)
     return {name: new[name] for name in masks}
+
+
+def _floating(scores: Tensor) -> Tensor:
+    return scores if scores.is_floating_point() else scores.double()
 
 
 def shuffled(masks: Mapping[str, Tensor], generator: torch.Generator) -> Masks:

@@ -1,24 +1,139 @@
 """Scores: functions that rank weights; the highest are kept. A new score is one function and one entry below."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Score = Callable[[Mapping[str, Tensor], torch.Generator], dict[str, Tensor]]
+Tensors = dict[str, Tensor]
 
 
-def magnitude(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Evidence:
+    """What a score may look at; everything is by parameter name, in the shapes of the weights.
+
+    Attributes:
+        weights: the present weights, zero where pruned.
+        generator: for scores that draw, on the CPU.
+        losses: makes the training loss of each batch of the evidence, differentiable in `weights`.
+        flow: makes dR/d|w| of the synaptic flow R, see `synflow`.
+        movement: the sum over the steps of the fit so far of -gradient * weight.
+        average: the mean of a tensor over processes.
+    """
+
+    weights: Mapping[str, Tensor]
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    losses: Callable[[], Iterable[Tensor]] | None = None
+    flow: Callable[[], Tensors] | None = None
+    movement: Mapping[str, Tensor] | None = None
+    average: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def gradient(self) -> Tensors:
+        """The gradient dL/dw of L, the mean training loss over batches and processes. One backward pass a batch."""
+        return self._mean(lambda loss: self._differentiate(loss))
+
+    def hessian_vector(self, vector: Mapping[str, Tensor]) -> Tensors:
+        """The product H v with the Hessian of the same loss. Two backward passes a batch."""
+
+        def product(loss: Tensor) -> list[Tensor]:
+            gradients = self._differentiate(loss, create_graph=True)
+            along = [(g * vector[n]).sum() for n, g in zip(self.weights, gradients, strict=True) if g.requires_grad]
+            return self._differentiate(sum(along)) if along else gradients
+
+        return self._mean(product)
+
+    def _mean(self, of: Callable[[Tensor], list[Tensor]]) -> Tensors:
+        total, count = [torch.zeros_like(weight) for weight in self.weights.values()], 0
+        for loss in known("the training loss", self.losses)():
+            total, count = [t + d.detach() for t, d in zip(total, of(loss), strict=True)], count + 1
+        return {name: self.average(t / count) for name, t in zip(self.weights, total, strict=True)}
+
+    def _differentiate(self, scalar: Any, create_graph: bool = False) -> list[Tensor]:
+        weights = list(self.weights.values())
+        return list(torch.autograd.grad(scalar, weights, create_graph=create_graph, materialize_grads=True))
+
+
+Score = Callable[[Evidence], Tensors]
+
+
+def needs(what: str) -> Callable[[Score], Score]:
+    """Mark a score that needs training "batches", or the "movement" of a fit, to be collected for it."""
+
+    def mark(score: Score) -> Score:
+        score.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        return score
+
+    return mark
+
+
+def known(name: str, value: Any) -> Any:
+    """`value`, or a ValueError where this evidence has none."""
+    if value is None:
+        raise ValueError(f"the score needs {name}, which only a running fit has: choose magnitude or random here")
+    return value
+
+
+def magnitude(evidence: Evidence) -> Tensors:
     """|w|, the score of iterative magnitude pruning (Frankle & Carbin, arXiv 1803.03635). Draws nothing."""
-    return {name: weight.detach().abs() for name, weight in weights.items()}
+    return {name: weight.detach().abs() for name, weight in evidence.weights.items()}
 
 
-def random(weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def random(evidence: Evidence) -> Tensors:
     """Uniform in [0, 1), independent of the weights: the floor that a score must beat."""
     return {
-        name: torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
-        for name, weight in weights.items()
+        name: torch.rand(weight.shape, generator=evidence.generator, dtype=torch.float32).to(weight.device)
+        for name, weight in evidence.weights.items()
     }
 
 
-SCORES: dict[str, Score] = {"magnitude": magnitude, "random": random}
+@needs("batches")
+def gradient(evidence: Evidence) -> Tensors:
+    """The size |g| of the loss gradient: what would change fastest (Blalock et al., arXiv 2003.03033)."""
+    return {name: g.abs() for name, g in evidence.gradient().items()}
+
+
+@needs("batches")
+def snip(evidence: Evidence) -> Tensors:
+    """|g w|, connection sensitivity (Lee et al., arXiv 1810.02340): |dL/dc| of a gate c = 1 on the weight.
+
+    The paper divides by the sum over all weights, which changes no ranking and is left out.
+    """
+    return {name: (g * evidence.weights[name]).abs().detach() for name, g in evidence.gradient().items()}
+
+
+@needs("batches")
+def grasp(evidence: Evidence) -> Tensors:
+    """The product w (H g): what keeps the gradient flowing stays (Wang et al., arXiv 2002.07376).
+
+    The paper removes the highest of -w (H g). Deviations: the loss is the one that is trained, without the paper's
+    temperature of 200 on the logits, and batches are the fit's own instead of ten images a class.
+    """
+    product = evidence.hessian_vector(evidence.gradient())
+    return {name: (weight * product[name]).detach() for name, weight in evidence.weights.items()}
+
+
+@needs("batches")
+def synflow(evidence: Evidence) -> Tensors:
+    """|w| dR/d|w|, synaptic flow (Tanaka et al., arXiv 2006.05467), R = 1' (product of the layers' |w|) 1.
+
+    R is the sum of the outputs for an input of ones through the network of absolute parameters. It needs no
+    data, only an input's shape. The paper prunes in 100 rounds; see `GradualPruning(rounds=100)`.
+    """
+    flow = known("the synaptic flow", evidence.flow)()
+    return {name: weight.detach().abs() * flow[name] for name, weight in evidence.weights.items()}
+
+
+@needs("movement")
+def movement(evidence: Evidence) -> Tensors:
+    """-sum over steps of g w (Sanh et al., arXiv 2005.07683): high where training moved a weight away from zero.
+
+    Deviation: the weights themselves are trained, without the paper's scores in the forward pass.
+    """
+    return dict(known("the movement of the weights", evidence.movement))
+
+
+SCORES: dict[str, Score] = {
+    score.__name__: score for score in (magnitude, random, gradient, snip, grasp, synflow, movement)
+}
