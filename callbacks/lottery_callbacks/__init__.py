@@ -2,7 +2,10 @@
 
 from lottery_callbacks.apply_ticket import ApplyTicket
 from lottery_callbacks.checkpoints import ResumeCheckpoint, newest_checkpoint
+from lottery_callbacks.export import export_onnx
+from lottery_callbacks.gradual_pruning import GradualPruning
 from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePruning, Level
+from lottery_callbacks.nm_pruning import NMPruning
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint
 from lottery_callbacks.sparsity_monitor import SparsityMonitor
@@ -11,13 +14,16 @@ from lottery_callbacks.validation_curve import ValidationCurve
 
 __all__ = [
     "ApplyTicket",
+    "GradualPruning",
     "IterativeMagnitudePruning",
     "Level",
+    "NMPruning",
     "Pruning",
     "ResumeCheckpoint",
     "RewindPoint",
     "SparsityMonitor",
     "Ticket",
     "ValidationCurve",
+    "export_onnx",
     "newest_checkpoint",
 ]

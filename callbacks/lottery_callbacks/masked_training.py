@@ -3,12 +3,15 @@
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+import torch.distributed
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lottery_callbacks import random_state
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.names import named_parameters
 
 
 class MaskedTraining(L.Callback):
@@ -21,11 +24,13 @@ class MaskedTraining(L.Callback):
     clipping, weights after the optimizer's step; optimizer state is zeroed once and stays zero in SGD, Adam and
     their kin, because only zeros reach it. The module's `state_dict` keys never change.
 
-    Kept in checkpoints: the masks and the global random state (of rank 0), so that a resumed fit of one process goes
-    on bit for bit. Sharded strategies (FSDP, DeepSpeed) are refused.
+    Kept in checkpoints: the masks and the global random state of each process, so that a resumed fit goes on bit for
+    bit. Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are
+    applied: one digest is gathered.
     Cost a step: two bitwise ands over the pruned tensors.
 
     Raises:
+        RuntimeError: a process holds other masks than the first one; raised on all of them.
         RuntimeError: the optimizer keeps state of another shape than its weights (Adafactor, LBFGS), which
             cannot be masked entry by entry.
     """
@@ -66,13 +71,23 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
-        random_state.restore(state["random_state"])
+        states = state["random_states"]
+        random_state.restore(states[trainer.global_rank if len(states) == trainer.world_size else 0])
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
-        """Zero the pruned weights, and keep each mask beside its parameter as bits on the same device."""
-        self.fit_masks = self.masks
-        parameters = dict(module.named_parameters())
+        """Begin a fit under `self.masks`."""
+        self.change_masks(trainer, module, self.masks)
+
+    def change_masks(self, trainer: L.Trainer, module: nn.Module, masks: M.Masks) -> None:
+        """Train under `masks` from now on: zero the pruned weights, and keep each mask's bits beside its parameter.
+
+        Raises:
+            RuntimeError: the processes hold different masks.
+        """
+        require_agreement(trainer, masks)
+        self.masks = self.fit_masks = masks
+        parameters = named_parameters(module)
         self._bits = {
             parameters[name]: M.as_bits(mask, parameters[name]) for name, mask in self.masks.items() if not mask.all()
         }
@@ -120,10 +135,46 @@ class MaskedTraining(L.Callback):
         self._handles, self._bits, self._checked = [], {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self.fit_masks), "random_state": random_state.collect()}
+        return {"masks": dict(self.fit_masks), "random_states": _of_all_processes(random_state.collect())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
+
+
+def require_agreement(trainer: L.Trainer, masks: M.Masks) -> None:
+    """Compare the masks of all processes; to be called by all of them.
+
+    Raises:
+        RuntimeError: on every process, where one holds other masks than the first.
+    """
+    if trainer.world_size < 2:
+        return
+    own = torch.tensor(list(bytes.fromhex(M.digest(masks))), device=trainer.strategy.root_device)
+    first, *others = trainer.strategy.all_gather(own).tolist()
+    apart = [str(rank) for rank, other in enumerate(others, start=1) if other != first]
+    if apart:
+        raise RuntimeError(
+            f"the masks on rank {', '.join(apart)} differ from those on rank 0: give every rank the same ticket and "
+            "seed, and a score that is the same on all ranks (average what depends on a rank's own data)"
+        )
+
+
+def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state of each process by rank; Lightning asks all of them for a checkpoint."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def log_densities(trainer: L.Trainer, masks: M.Masks) -> None:
+    """Give every logger `prune/density`, `prune/kept` and `prune/density/<parameter>` at the present step."""
+    kept = M.kept(masks)
+    values = {f"prune/density/{name}": kept[name] / mask.numel() for name, mask in masks.items()}
+    values |= {"prune/density": M.density(masks), "prune/kept": float(sum(kept.values()))}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
 
 
 def set_level(trainer: L.Trainer, level: int) -> None:

@@ -4,7 +4,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lottery_callbacks.functional import masks as M
-from lottery_callbacks.masked_training import MaskedTraining
+from lottery_callbacks.masked_training import MaskedTraining, log_densities
 
 
 class SparsityMonitor(L.Callback):
@@ -36,7 +36,4 @@ class SparsityMonitor(L.Callback):
                     f"layer {name} has collapsed: {kept[name]} of {masks[name].numel()} weights are left; "
                     "prune it at a lower rate, or exclude it"
                 )
-        values = {f"prune/density/{name}": value for name, value in self.densities.items()}
-        values |= {"prune/density": M.density(masks), "prune/kept": float(sum(kept.values()))}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        log_densities(trainer, masks)

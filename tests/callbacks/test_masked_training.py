@@ -4,15 +4,18 @@ import copy
 import math
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from stranger import Blobs, Interrupted, Net, StopAt, bits, half_masks, masked, quiet, raw, seeded, ticket_of
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning
+from lottery_callbacks.masked_training import MaskedTraining, require_agreement
 from lottery_lightning.data import EpochOrder
 
 
@@ -339,3 +342,24 @@ def test_a_checkpoint_that_is_made_after_the_fit_holds_the_mask_of_the_fit(tmp_p
     for saved, removed in ((dense, 0), (sparse, 14)):  # round(0.2 x 72) in the first layer
         (masks,) = (state["masks"] for state in saved["callbacks"].values() if "masks" in state)
         assert int((~masks["net.1.weight"]).sum()) == removed
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_a_strategy_that_shards_parameters_is_refused_at_setup(strategy):
+    trainer = SimpleNamespace(strategy=object.__new__(strategy))  # neither a GPU nor deepspeed is needed to be refused
+    with pytest.raises(ValueError, match=f"^{strategy.__name__} shards parameters: train tickets with ddp$"):
+        MaskedTraining().setup(trainer, Net(), "fit")
+
+
+@pytest.mark.parametrize(("apart", "named"), [([], None), ([2], "2"), ([1, 3], "1, 3")])
+def test_the_ranks_whose_masks_differ_from_the_first_are_named(apart, named):
+    masks = half_masks(seeded(0, Net))
+    strategy = SimpleNamespace(
+        root_device="cpu", all_gather=lambda own: torch.stack([own ^ int(rank in apart) for rank in range(4)])
+    )
+    trainer = SimpleNamespace(world_size=4, strategy=strategy)
+    if named is None:
+        require_agreement(trainer, masks)
+    else:
+        with pytest.raises(RuntimeError, match=f"^the masks on rank {named} differ from those on rank 0: "):
+            require_agreement(trainer, masks)

@@ -1,0 +1,136 @@
+"""Pruning at chosen steps of one fit: what gradual, one-shot and N:M pruning share."""
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lottery_callbacks.evidence import PruningCallback
+from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.steps import Step
+from lottery_callbacks.masked_training import log_densities
+from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.rewinding import RewindPoint, snapshot
+from lottery_callbacks.ticket import Ticket
+
+
+class PruningWithinFit(PruningCallback, ABC):
+    """Base of the callbacks that start dense and update their masks at the steps `self.updates` of one fit.
+
+    The update of step t comes after t optimizer steps, before the gradients of the next one: that of step 0 sees
+    the initial weights. Where several are due at once (two optimizers step in one visit), the last one stands. Each
+    update logs densities to the trainer's loggers, as `SparsityMonitor` does.
+
+    Reset at the start of a fit: the masks. Kept in checkpoints, beside what `MaskedTraining` keeps: the number of
+    updates done and the rule, so that a killed fit goes on to the same bits.
+
+    Raises:
+        ValueError: the pruning has rates per layer; an update falls behind the run's last step; epochs where their
+            length is unknown; a checkpoint of another rule.
+    """
+
+    def __init__(self, pruning: Pruning | None, seed: int) -> None:
+        super().__init__(pruning)
+        if self.pruning.rates:
+            raise ValueError("rates per layer belong to levels: give a sparsity for all, and `exclude` layers")
+        self.seed = seed
+        self.updates: list[int] = []
+        self.done = 0
+
+    @property
+    @abstractmethod
+    def rule(self) -> dict[str, Any]:
+        """The arguments, as JSON primitives: what a resumed fit must share, and a ticket's provenance."""
+
+    @abstractmethod
+    def steps(self, per_epoch: int) -> list[int]:
+        """The optimizer steps of the updates, ascending, where an epoch has `per_epoch` of them."""
+
+    @abstractmethod
+    def update(self, trainer: L.Trainer, module: L.LightningModule, step: int, generator: torch.Generator) -> None:
+        """Prune as the update of `step` says, by `change_masks`."""
+
+    def ticket(self, module: L.LightningModule) -> Ticket:
+        """The masks, with the present state of `module` as the rewind point.
+
+        The trained module makes a ticket that goes on from its weights; a copy of the initial one, a ticket that
+        begins anew.
+        """
+        return Ticket(self.fit_masks, RewindPoint(0, snapshot(module)), self.rule | {"level": 1})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pruning.check(pl_module)
+        self.masks = {name: mask.cpu() for name, mask in M.ones(self.pruning.prunable(pl_module)).items()}
+        self.done = 0
+        if saved := self._resumed:
+            for key, own in self.rule.items():
+                if saved["rule"].get(key) != own:
+                    raise ValueError(
+                        f"{trainer.ckpt_path} was pruned by another rule: {key} is {saved['rule'].get(key)!r} there "
+                        f"and {own!r} now; resume it by its own rule"
+                    )
+            self.masks, self.done = saved["masks"], saved["done"]
+        self.resumes(trainer)
+        self.apply_masks(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        batches, known = trainer.num_training_batches, pl_module.automatic_optimization
+        per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        self.updates = self.steps(per_epoch if known else 0)
+        limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
+        last = min((limit for limit in limits if limit > 0), default=math.inf)
+        if last <= self.updates[-1] and known and not getattr(trainer, "fast_dev_run", False):
+            raise ValueError(
+                f"the last pruning is due at step {self.updates[-1]}, and the run's last step is {last}: "
+                "prune earlier or train longer"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        due = bisect_right(self.updates, trainer.global_step)
+        if due > self.done:
+            step = self.updates[due - 1]
+            self.update(trainer, pl_module, step, torch.Generator().manual_seed(1_000_003 * self.seed + step))
+            self.done = due
+            log_densities(trainer, self.masks)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.done < len(self.updates) and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"the run ended at step {trainer.global_step}, before the last pruning at step {self.updates[-1]}: "
+                f"density is {M.density(self.masks):.4g}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"done": self.done, "rule": self.rule}
+
+
+def iterations(step: Step, per_epoch: int) -> int:
+    """`step` in optimizer steps.
+
+    Raises:
+        ValueError: it counts epochs, and their length is unknown (0).
+    """
+    if step.unit == "ep" and not per_epoch:
+        raise ValueError(
+            f"{step} needs automatic optimization and a loader with a length: give iterations, as in '500it'"
+        )
+    return step.in_iterations(per_epoch)
+
+
+def provenance(pruning: Pruning) -> dict[str, Any]:
+    """A rule of pruning as JSON primitives."""
+    return {
+        "pruning": str(pruning),
+        "exclude": list(pruning.exclude),
+        "include": list(pruning.include),
+        "batches": pruning.batches,
+    }
