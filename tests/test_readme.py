@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from torch.nn.utils.prune import l1_unstructured
 
 from lottery_callbacks import Ticket
 from lottery_lightning.data import Digits
@@ -38,7 +39,10 @@ def test_the_python_of_a_readme_runs(name, tmp_path, monkeypatch):
     module, data = Module(), Digits()
     assert isinstance(module, LightningModule)
     scope = {"model": module, "my_module": module, "network": Dense([64, 20, 10]), "datamodule": data, "my_data": data}
-    scope |= {"path": "runs/mine/tickets/level_02.safetensors", "Trainer": Trainer}
+    pruned = Dense([64, 20, 10])
+    l1_unstructured(pruned.output, "weight", 0.5)
+    torch.save(pruned.state_dict(), "pruned.pt")
+    scope |= {"images": torch.randn(2, 1, 8, 8), "path": "runs/mine/tickets/level_02.safetensors", "Trainer": Trainer}
     for block in blocks:
         for pattern, small in SMALL.items():
             block = re.sub(pattern, small, block)

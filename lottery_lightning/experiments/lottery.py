@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 
 from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Pruning, Ticket
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.scores import Evidence
 from lottery_callbacks.iterative_magnitude_pruning import Level, Retrain
 from lottery_lightning.experiments.lottery_report import report
 from lottery_lightning.experiments.runs import Run, Runner, Training, stable_seed
@@ -82,6 +83,8 @@ class Lottery:
         self.controls = every if controls is None else controls
         if unknown := set(self.controls) - set(every):
             raise ValueError(f"controls names {', '.join(sorted(unknown))}: there are {', '.join(every)}")
+        if rule.pruning.needs and "one_shot" in self.controls:
+            raise ValueError(f"one_shot has no {rule.pruning.needs} for score {rule.pruning}: leave it out of controls")
         self.rule, self.training = rule, training
         rule.pruning.check(model)
         rewind = self._pruning_of(0).rewind
@@ -92,7 +95,7 @@ class Lottery:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
         with ExperimentProgress(self.trials * len(self.plan(0)), self.training.max_steps) as progress:
             progress.console.print(self._pruning_of(0).plan(self.model), soft_wrap=True)
-            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,))
+            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
             for trial in range(self.trials):
                 with working_on(self._trial_dir(trial)) as mine:
                     if mine:
@@ -104,7 +107,13 @@ class Lottery:
         if len(done) < len(records):
             print(f"{len(records) - len(done)} runs are left to another process; the last to finish reports")
             return
-        report(done, self.run_dir, self.training)
+        report(done, self.run_dir, self.training, self.config | {"seed": self.seed, "trials": self.trials})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What loggers record of the whole experiment: the rule, in primitives."""
+        rule = vars(self.rule).items()
+        return {"rule": {key: value if isinstance(value, int | float | str) else str(value) for key, value in rule}}
 
     def plan(self, trial: int) -> list[Run]:
         """The runs of one trial in the order in which they are done."""
@@ -151,8 +160,8 @@ class Lottery:
         if run.arm == "random":
             return ApplyTicket(ticket, mask="shuffled", seed=seed)
         trained = torch.load(dense.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-        generator = torch.Generator().manual_seed(seed)
-        masks = self.rule.pruning.next_masks(trained, M.ones(ticket.masks), self.rule.rate, generator, rounds=run.level)
+        evidence = Evidence(trained, torch.Generator().manual_seed(seed))
+        masks = self.rule.pruning.next_masks(evidence, M.ones(ticket.masks), self.rule.rate, rounds=run.level)
         if sum(M.kept(masks).values()) != sum(M.kept(ticket.masks).values()):
             raise RuntimeError(f"one-shot pruning of {run} keeps another count than the ticket")
         start = Ticket.load(imp.ticket_path(0)).rewind

@@ -3,20 +3,22 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 
+from lottery_callbacks import Ticket
 from lottery_callbacks.functional.early_stop import first_iteration_reaching
 from lottery_callbacks.ticket import write_atomically
-from lottery_lightning.experiments.runs import Training
+from lottery_lightning.experiments.runs import MEASURED, Training
 from lottery_lightning.experiments.store import write_json
-from lottery_lightning.figures import lottery_figure
-from lottery_lightning.loggers import close, make_logger
+from lottery_lightning.figures import lottery_figure, mask_figure
+from lottery_lightning.loggers import close, log_image, log_level, log_table, make_logger
 
 Row = dict[str, Any]
 ARMS = {"ticket": "ticket", "reinit": "reinitialised", "random": "random mask", "one_shot": "one-shot"}
@@ -26,24 +28,41 @@ COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def report(records: Sequence[Mapping[str, Any]], run_dir: Path, training: Training) -> None:
-    """Write results.csv, results.json and the figure, print table and finding, and end with one line of JSON."""
+def report(
+    records: Sequence[Mapping[str, Any]], run_dir: Path, training: Training, config: Mapping[str, Any] | None = None
+) -> None:
+    """Write results.csv, results.json and the figures, print table and finding, and end with one line of JSON.
+
+    The first time, that is where there is no results.json yet, loggers get a run of the whole experiment, too.
+
+    Args:
+        records: of all runs.
+        run_dir: of the experiment.
+        training: how its runs trained; names the logger.
+        config: what loggers record of the experiment.
+    """
     rows = with_reach(records)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(run_dir / "results.csv", text.getvalue().encode())
-    figure = run_dir / "lottery.png"
-    write_atomically(figure, lottery_figure(rows, training.max_steps))
+    figures = {"lottery": lottery_figure(rows, training.max_steps)}
+    if any(_tickets(run_dir, rows)):
+        figures["masks"] = mask_figure(_tickets(run_dir, rows))
+    for name, png in figures.items():
+        write_atomically(run_dir / f"{name}.png", png)
     found = finding(rows)
     summary = {"experiment": "lottery", "run_dir": str(run_dir), **found}
+    if not (run_dir / "results.json").exists():
+        logger = make_logger(training.logger, run_dir, run_dir.name, None, run_dir.name)
+        _log(logger, rows, found, figures, config or {})
     write_json(run_dir / "results.json", summary)
-    _log_levels(rows, run_dir, training)
     console = Console()
     console.width = max(console.width, 120)  # a wrapped row loses no digits, a cropped one does
     console.print(level_table(rows))
-    print(f"\n{run_dir / 'results.csv'}, {figure}, tickets in {run_dir}/trial_*/tickets")
+    pictures = ", ".join(str(run_dir / f"{name}.png") for name in figures)
+    print(f"\n{run_dir / 'results.csv'}, {pictures}, tickets in {run_dir}/trial_*/tickets")
     print(sentence(found))
     print(json.dumps(summary))
 
@@ -162,17 +181,41 @@ def _cell(rows: Sequence[Row]) -> str:
     return f"{stop:,.0f} · {100 * early:.2f} / {100 * end:.2f}"
 
 
-def _log_levels(rows: Sequence[Row], run_dir: Path, training: Training) -> None:
-    """One more run for the dashboards, with the level as its axis."""
-    logger = make_logger(training.logger, run_dir, run_dir.name, "summary", "levels")
+def _tickets(run_dir: Path, rows: Sequence[Row]) -> Iterator[tuple[int, Ticket]]:
+    """The tickets that were trained, trial by trial, where their files are still there."""
+    for row in select(rows, arm="ticket"):
+        path = run_dir / f"trial_{row['trial']}" / "tickets" / f"level_{row['level']:02d}.safetensors"
+        if path.exists():
+            yield row["trial"], Ticket.load(path)
+
+
+def _log(
+    logger: Logger | bool,
+    rows: Sequence[Row],
+    found: Mapping[str, Any],
+    figures: Mapping[str, bytes],
+    config: Mapping[str, Any],
+) -> None:
+    """One more run for the dashboards: the level as axis, all runs in a table, the figures, the finding's numbers."""
     if isinstance(logger, bool):
         return
-    for level in sorted({row["level"] for row in rows}):
+    logger.log_hyperparams(dict(config))
+    last = max(row["level"] for row in rows)
+    for level in range(last + 1):
         values = {"prune/density": select(rows, level=level, arm="ticket")[0]["density"]}
         for arm in ARMS:
             if cell := select(rows, level=level, arm=arm):
-                values[f"{arm}/test_acc_early_stop"] = mean(r["test_acc_early_stop"] for r in cell)
-                values[f"{arm}/test_acc_end"] = mean(r["test_acc_end"] for r in cell)
-                values[f"{arm}/early_stop_iteration"] = mean(r["early_stop_iteration"] for r in cell)
-        logger.log_metrics(values, step=level)
+                values |= {f"{arm}/{key}": mean(row[key] for row in cell) for key in MEASURED}
+        if level == last:
+            means = {key: value["mean"] if isinstance(value, Mapping) else value for key, value in found.items()}
+            values |= {f"finding/{key}": value for key, value in means.items() if value is not None}
+        log_level(logger, values, level)
+    table = [
+        {key: row[key] for key in COLUMNS}
+        | {f"kept/{layer}": kept for layer, kept in row.get("kept_per_layer", {}).items()}
+        for row in rows
+    ]
+    log_table(logger, "levels", table, last)
+    for name, png in figures.items():
+        log_image(logger, name, png, last)
     close(logger)

@@ -5,21 +5,30 @@ import gc
 import inspect
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lottery_callbacks import ResumeCheckpoint, SparsityMonitor, ValidationCurve, newest_checkpoint
+from lottery_callbacks import (
+    IterativeMagnitudePruning,
+    ResumeCheckpoint,
+    SparsityMonitor,
+    ValidationCurve,
+    newest_checkpoint,
+)
 from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_lightning.experiments.store import read_json, write_json
-from lottery_lightning.loggers import close, make_logger
+from lottery_lightning.loggers import Kind, close, log_ticket, make_logger
 
+# What dashboards show of a finished run, as <arm>/<key>.
+MEASURED = ("early_stop_iteration", "test_acc_early_stop", "test_acc_end")
 # What an experiment decides itself; accumulation would turn steps of validation into batches.
 OWNED = {
     "max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
@@ -36,7 +45,7 @@ class Training:
         val_every: validate every so many steps; it divides max_steps, so that the end is validated too.
         threads: CPU threads of torch; small networks are fastest with 1. None leaves torch's choice.
         checkpoint_seconds: least time between two checkpoints to resume from.
-        logger: "csv", "wandb" (offline without an account: WANDB_MODE=offline) or "none".
+        logger: "csv", "tensorboard", "wandb" (offline without an account: WANDB_MODE=offline) or "none".
         trainer: further arguments of `lightning.pytorch.Trainer`, such as accelerator or precision.
     """
 
@@ -44,7 +53,7 @@ class Training:
     val_every: int = 100
     threads: int | None = None
     checkpoint_seconds: float = 30.0
-    logger: Literal["none", "csv", "wandb"] = "none"
+    logger: Kind = "none"
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,8 +97,10 @@ class Runner:
         training: Training,
         name: str,
         callbacks: tuple[L.Callback, ...] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
+        self.config = dict(config or {})  # what loggers record of the experiment, beside each run's own
         self._data_seed = getattr(data, "data_seed", 0)
         self._done = 0
         if training.threads:
@@ -127,6 +138,9 @@ class Runner:
         )
         resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
         trainer = self._trainer(run, [masked, SparsityMonitor(), curve, *self.callbacks, best, resume])
+        if trainer.logger:
+            own = {"seed": seed, "trial": run.trial, "level": run.level, "arm": run.arm, "draw": run.draw}
+            trainer.logger.log_hyperparams(self.config | own)
         trainer.fit(model, self.data, ckpt_path=newest_checkpoint(folder / "resume"))
         trainer.save_checkpoint(folder / "final.ckpt", weights_only=True)
         _check_step(folder / "best.ckpt", curve.early_stop_iteration)
@@ -139,12 +153,18 @@ class Runner:
             "draw": run.draw,
             "density": M.density(masked.fit_masks),
             "kept": sum(M.kept(masked.fit_masks).values()),
+            "kept_per_layer": M.kept(masked.fit_masks),
             "early_stop_iteration": curve.early_stop_iteration,
             "min_val_loss": curve.minimum,
             "test_acc_early_stop": at_best,
             "test_acc_end": at_end,
             "curve": curve.rows,
         }
+        if trainer.logger:
+            found = {f"{run.arm}/{key}": record[key] for key in MEASURED}
+            trainer.logger.log_metrics(found, step=self.training.max_steps)
+        if isinstance(masked, IterativeMagnitudePruning):
+            log_ticket(trainer.logger, masked.ticket_path(run.level))
         close(trainer.logger)
         write_json(folder / "result.json", record)
         shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -154,13 +174,14 @@ class Runner:
         return record
 
     def _trainer(self, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
+        group = f"{self.name}-trial_{run.trial}"
         options: dict[str, Any] = {
             "max_steps": self.training.max_steps,
             "max_epochs": -1,
             "val_check_interval": self.training.val_every,
             "check_val_every_n_epoch": None,
             "num_sanity_val_steps": 0,
-            "logger": make_logger(self.training.logger, run.run_dir, self.name, f"trial_{run.trial}", str(run)),
+            "logger": make_logger(self.training.logger, run.run_dir, self.name, group, str(run)),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "devices": 1,
