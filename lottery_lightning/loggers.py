@@ -53,7 +53,8 @@ def make_logger(kind: Kind, folder: Path, project: str, group: str | None, name:
         try:
             return TensorBoardLogger(folder, name="logs", version="", default_hp_metric=False)
         except ModuleNotFoundError as error:
-            raise ValueError("logger='tensorboard' needs tensorboard: pip install tensorboard") from error
+            mend = "pip install 'lottery-lightning[tensorboard]'"
+            raise ValueError(f"logger='tensorboard' needs tensorboard: {mend}") from error
     if kind == "wandb":
         try:
             own = hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its own

@@ -40,7 +40,7 @@ def test_wandb_asked_for_and_absent_is_one_line_with_the_mend(tmp_path, monkeypa
 def test_tensorboard_asked_for_and_absent_is_one_line_with_the_mend(tmp_path, monkeypatch):
     for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
-    with pytest.raises(ValueError, match="logger='tensorboard' needs tensorboard: pip install tensorboard"):
+    with pytest.raises(ValueError, match=r"pip install 'lottery-lightning\[tensorboard\]'"):
         make_logger("tensorboard", tmp_path, "p", "g", "n")
 
 
