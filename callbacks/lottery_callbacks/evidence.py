@@ -1,5 +1,6 @@
 """Collecting, during a fit, what scores look at: recent batches, the loss on them, synaptic flow, movement."""
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from lottery_callbacks import random_state
 from lottery_callbacks.functional.scores import Evidence, Tensors
@@ -23,7 +25,8 @@ class PruningCallback(MaskedTraining):
     """Base of the callbacks that prune by a rule: collects the evidence that its score needs, and no more.
 
     Scores of the loss see the last `pruning.batches` training batches, through the module's own `training_step`
-    with its logging off. Weights, buffers, flags, gradients and the random state are left as they were.
+    with its logging off. Weights, buffers, metrics, flags, gradients and the random state are left as they were; what
+    else a `training_step` of one's own counts sees those batches once more.
 
     Kept in checkpoints: those batches, or the movement of the weights. Movement begins at 0 in each fit.
     """
@@ -123,8 +126,9 @@ class PruningCallback(MaskedTraining):
 
 @contextmanager
 def undisturbed(module: L.LightningModule) -> Iterator[None]:
-    """A block in which `training_step` logs nothing, and after which buffers and the random state are as before."""
+    """A block in which `training_step` logs nothing; buffers, metrics and the random state are as before after it."""
     buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    metrics = {part: copy.deepcopy(vars(part)) for part in module.modules() if isinstance(part, Metric)}
     module.log = module.log_dict = lambda *_, **__: None  # on the object: its class keeps its own
     try:
         with random_state.forked():
@@ -134,6 +138,8 @@ def undisturbed(module: L.LightningModule) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
+        for metric, state in metrics.items():
+            vars(metric).update(state)
 
 
 def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) -> Tensors:

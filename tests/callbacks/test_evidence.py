@@ -6,11 +6,14 @@ import torch
 from stranger import Blobs, Interrupted, Lottery, Net, StopAt, bits, fit_with, frozen_state, quiet, seeded
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
-from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Pruning, ResumeCheckpoint, Ticket
+from lottery_callbacks import ApplyTicket, GradualPruning, IterativeMagnitudePruning, Pruning, ResumeCheckpoint, Ticket
 from lottery_callbacks.evidence import synaptic_flow
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.scores import SCORES
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a .val_dataloader. but have no")
 
 
 class Plain(L.LightningModule):
@@ -100,6 +103,31 @@ def test_collecting_evidence_leaves_the_run_bitwise_unchanged(tmp_path, trace_fi
     pruning = Pruning(score=score, batches=2)
     found = trace_fit(IterativeMagnitudePruning(0.5, run_dir=tmp_path / score, pruning=pruning))
     assert found == trace_fit(IterativeMagnitudePruning(0.5, run_dir=tmp_path / "plain"))
+
+
+def test_a_metric_of_the_training_is_not_updated_by_scoring(tmp_path):
+    class Counted(Plain):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.per_epoch = MeanMetric(), []
+
+        def training_step(self, batch):
+            self.seen.update(batch[1].float())
+            return super().training_step(batch)
+
+        def on_train_epoch_end(self):
+            self.per_epoch.append((float(self.seen.compute()), self.seen.update_count))
+            self.seen.reset()
+
+    def epochs(score):
+        rule = Pruning(score=score, batches=2)
+        module = seeded(0, Counted)
+        gradual = GradualPruning(0.5, begin="3it", end="12it", every="2it", pruning=rule)
+        fit_with(tmp_path, module, Blobs(), gradual, max_epochs=2, limit_val_batches=0)
+        return module.per_epoch
+
+    assert epochs("snip") == epochs("magnitude")
+    assert [count for _, count in epochs("snip")] == [9, 9]
 
 
 @pytest.mark.parametrize("score", ["snip", "grasp", "movement"])
