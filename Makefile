@@ -22,7 +22,8 @@ check: $(INSTALLED)
 	$(PY) scripts/check_packaging.py
 
 data: $(INSTALLED)
-	$(PY) -c "from lottery_lightning.data import MNIST; MNIST('$(DATA)').prepare_data(); print('MNIST is in $(DATA)')"
+	$(PY) -c "from lottery_lightning.data import CIFAR10, MNIST; [d('$(DATA)').prepare_data() for d in (MNIST, CIFAR10)]"
+	@echo "MNIST and CIFAR-10 are in $(DATA)"
 
 install: $(INSTALLED)
 

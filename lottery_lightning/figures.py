@@ -149,10 +149,11 @@ def _draw_densities(axis: Any, densities: dict[str, dict[int, dict[int, float]]]
             style = ("-", "--", ":")[number % 3]  # of layers of equal density each is seen
             axis.plot(x, [100 * levels[level] for level in x], style, color=colour, marker="o", ms=3, label=label)
     values = [value for trials in densities.values() for levels in trials.values() for value in levels.values()]
+    lowest = min((value for value in values if value), default=1.0)  # a log axis leaves out a layer that is empty
     axis.set_yscale("log")
-    margin = 1.02 * min(values) ** -0.05
-    axis.set_ylim(100 * min(values) / margin, 100 * margin)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if min(values) < 0.2 else range(1, 10)))
+    margin = 1.02 * lowest**-0.05
+    axis.set_ylim(100 * lowest / margin, 100 * margin)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if lowest < 0.2 else range(1, 10)))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlim(

@@ -8,7 +8,7 @@ import torch
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.schedules import budget_at, cubic, geometric, updates
 from lottery_callbacks.functional.steps import Step
-from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.pruning import Pruning, keep_exactly, warn_of_collapse
 from lottery_callbacks.pruning_within_fit import PruningWithinFit, iterations, provenance
 
 
@@ -84,9 +84,16 @@ class GradualPruning(PruningWithinFit):
 
     def update(self, trainer: L.Trainer, module: L.LightningModule, step: int, generator: torch.Generator) -> None:
         """Prune to the sparsity of `step`, in rounds; a round that would remove nothing scores nothing."""
-        sparsity = cubic(step, self.updates[0], self.updates[-1], self.sparsity, self.initial)
-        for target in geometric(M.density(self.masks), sparsity, self.rounds):
+        before, scores = self.masks, {}
+        for target in geometric(M.density(before), self._sparsity(step), self.rounds):
             budget = budget_at(target, self.masks, self.pruning.scope)
             if sum(budget.values()) < sum(M.kept(self.masks).values()):
-                evidence = self.evidence(trainer, module, generator)
-                self.change_masks(trainer, module, self.pruning.keep(evidence, self.masks, budget))
+                scores = self.pruning.scores(self.evidence(trainer, module, generator), self.masks)
+                self.change_masks(trainer, module, keep_exactly(scores, self.masks, budget))
+        if self.masks is not before:
+            following = next((after for after in self.updates if after > step), step)
+            budget = budget_at(self._sparsity(following), self.masks, self.pruning.scope)
+            warn_of_collapse(before, self.masks, keep_exactly(scores, self.masks, budget))
+
+    def _sparsity(self, step: int) -> float:
+        return cubic(step, self.updates[0], self.updates[-1], self.sparsity, self.initial)

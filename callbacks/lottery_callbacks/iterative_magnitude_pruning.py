@@ -15,12 +15,12 @@ from torch import nn
 
 from lottery_callbacks.apply_ticket import start_from
 from lottery_callbacks.checkpoints import newest_checkpoint
-from lottery_callbacks.evidence import PruningCallback
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import require_agreement
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.pruning_callback import PruningCallback
 from lottery_callbacks.rewinding import RewindPoint, snapshot
 from lottery_callbacks.ticket import Ticket
 

@@ -49,6 +49,10 @@ class MaskedTraining(L.Callback):
         if stage == "fit":
             if trainer.strategy.restore_checkpoint_after_setup:
                 raise ValueError(f"{type(trainer.strategy).__name__} shards parameters: train tickets with ddp")
+            callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            setters = [type(callback).__name__ for callback in callbacks if isinstance(callback, MaskedTraining)]
+            if len(setters) > 1:
+                raise ValueError(f"{' and '.join(setters)} both set masks: give a Trainer one of them")
             set_level(trainer, self.level)  # now: schedules may ask for the data before on_fit_start
 
     def resumes(self, trainer: L.Trainer) -> bool:
@@ -135,7 +139,7 @@ class MaskedTraining(L.Callback):
         self._handles, self._bits, self._checked = [], {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self.fit_masks), "random_states": _of_all_processes(random_state.collect())}
+        return {"masks": dict(self.fit_masks), "random_states": of_all_processes(random_state.collect())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
@@ -159,7 +163,7 @@ def require_agreement(trainer: L.Trainer, masks: M.Masks) -> None:
         )
 
 
-def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+def of_all_processes(state: Any) -> list[Any]:
     """The state of each process by rank; Lightning asks all of them for a checkpoint."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]

@@ -131,19 +131,7 @@ class Pruning:
         rates = {name: self.rate_of(name, rate) for name in masks}
         new = keep_exactly(scores, masks, SCOPES[self.scope](masks, rates, rounds))
         later = keep_exactly(scores, new, SCOPES[self.scope](new, rates, 1))
-        _warn_of_collapse(masks, new, later)
-        return new
-
-    def keep(self, evidence: Evidence, masks: Masks, budget: Budget) -> Masks:
-        """The masks that keep the budgeted numbers of the highest scores, see `functional.masks.keep_highest`.
-
-        A layer that loses all weights, or would if as large a part went once more, is named in a warning.
-        """
-        scores = self.scores(evidence, masks)
-        new = keep_exactly(scores, masks, budget)
-        alive = {names: sum(int(masks[name].sum()) for name in names) for names in budget}
-        again = {names: max(1, keep**2 // alive[names]) for names, keep in budget.items()}
-        _warn_of_collapse(masks, new, keep_exactly(scores, new, again))
+        warn_of_collapse(masks, new, later)
         return new
 
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
@@ -168,7 +156,8 @@ def keep_exactly(scores: Tensors, masks: Masks, budget: Budget) -> Masks:
     return new
 
 
-def _warn_of_collapse(masks: Masks, new: Masks, later: Masks) -> None:
+def warn_of_collapse(masks: Masks, new: Masks, later: Masks) -> None:
+    """Name each layer that is not empty in `masks` and is in `new`, or would be in `later`, the pruning after that."""
     before, now, then = kept(masks), kept(new), kept(later)
     for name in masks:
         if before[name] > 0 and (now[name] == 0 or then[name] == 0):

@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lottery_callbacks.evidence import PruningCallback
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import log_densities
 from lottery_callbacks.pruning import Pruning
+from lottery_callbacks.pruning_callback import PruningCallback
 from lottery_callbacks.rewinding import RewindPoint, snapshot
 from lottery_callbacks.ticket import Ticket
 
@@ -29,8 +30,8 @@ class PruningWithinFit(PruningCallback, ABC):
     updates done and the rule, so that a killed fit goes on to the same bits.
 
     Raises:
-        ValueError: the pruning has rates per layer; an update falls behind the run's last step; epochs where their
-            length is unknown; a checkpoint of another rule.
+        ValueError: the pruning has rates per layer; the Trainer averages weights; an update falls behind the run's last
+            step; epochs where their length is unknown; a checkpoint of another rule.
     """
 
     def __init__(self, pruning: Pruning | None, seed: int) -> None:
@@ -59,11 +60,22 @@ class PruningWithinFit(PruningCallback, ABC):
 
         The trained module makes a ticket that goes on from its weights; a copy of the initial one, a ticket that
         begins anew.
+
+        Raises:
+            ValueError: there has been no fit.
         """
+        if not self.fit_masks:
+            raise ValueError("no fit has begun: call ticket(module) after trainer.fit")
         return Ticket(self.fit_masks, RewindPoint(0, snapshot(module)), self.rule | {"level": 1})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pruning.check(pl_module)
+        callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+            raise ValueError(
+                f"{type(self).__name__} changes its masks, and an average over them is not sparse: leave "
+                "WeightAveraging out, or prune by IterativeMagnitudePruning"
+            )
         self.masks = {name: mask.cpu() for name, mask in M.ones(self.pruning.prunable(pl_module)).items()}
         self.done = 0
         if saved := self._resumed:

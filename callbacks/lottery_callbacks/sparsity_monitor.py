@@ -11,8 +11,8 @@ class SparsityMonitor(L.Callback):
     """Logs what the masks of the fit keep; a monitor: it changes nothing of the run.
 
     At the start of each fit every logger gets `prune/density`, `prune/kept` and `prune/density/<parameter>`;
-    `monitor.densities` holds the last ones. Masks come from the trainer's own `ApplyTicket` or
-    `IterativeMagnitudePruning`.
+    `monitor.densities` holds those of the masks that the fit began with and, after it, of those that it ended with.
+    Masks come from whichever callback of the trainer sets them (`GradualPruning` and `NMPruning` log each change).
 
     Args:
         min_density: a layer that keeps this fraction or less, or a single weight, is named in a warning: signal
@@ -24,16 +24,22 @@ class SparsityMonitor(L.Callback):
         self.densities: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        masks = next((callback.masks for callback in callbacks if isinstance(callback, MaskedTraining)), {})
-        if not masks:
-            return
+        masks = self._measure(trainer)
         kept = M.kept(masks)
-        self.densities = {name: kept[name] / mask.numel() for name, mask in masks.items()}
         for name, fraction in self.densities.items():
             if fraction < 1 and (fraction <= self.min_density or kept[name] <= 1):
                 rank_zero_warn(
                     f"layer {name} has collapsed: {kept[name]} of {masks[name].numel()} weights are left; "
                     "prune it at a lower rate, or exclude it"
                 )
-        log_densities(trainer, masks)
+        if masks:
+            log_densities(trainer, masks)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer)
+
+    def _measure(self, trainer: L.Trainer) -> M.Masks:
+        callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        masks = next((callback.fit_masks for callback in callbacks if isinstance(callback, MaskedTraining)), {})
+        self.densities = {name: kept / masks[name].numel() for name, kept in M.kept(masks).items()}
+        return masks

@@ -84,6 +84,19 @@ class Ticket:
             self, masks=inside(self.masks), rewind=RewindPoint(self.rewind.step, inside(self.rewind.tensors))
         )
 
+    def as_submodule(self, name: str) -> "Ticket":
+        """The same ticket for a module that holds the network as its submodule `name`, all of whose tensors it is.
+
+        The inverse of `for_submodule`: a ticket of a bare network trains inside a LightningModule.
+        """
+        prefix = canonical(name) + "."
+
+        def outside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {prefix + key: tensor for key, tensor in tensors.items()}
+
+        rewind = RewindPoint(self.rewind.step, outside(self.rewind.tensors))
+        return replace(self, masks=outside(self.masks), rewind=rewind)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The sparse network at the rewind point, mask * W_k, as a plain dense state dict: copies, pruned ones +0.0.
 

@@ -40,7 +40,7 @@ class CIFAR10(TensorDataModule):
         super().__init__(**kwargs)
         self.data_dir, self.download, self.val_size = Path(data_dir), download, val_size
         if augment:
-            self.augment = partial(crop_and_flip, fill=-MEAN / DEVIATION)
+            self.augmentation = partial(crop_and_flip, fill=-MEAN / DEVIATION)
 
     @property
     def file(self) -> Path:
@@ -85,7 +85,7 @@ class CIFAR10(TensorDataModule):
 
 
 def _split(pixels: np.ndarray, labels: np.ndarray) -> Split:
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or len(pixels) != len(labels):
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (32, 32, 3) or labels.shape != pixels.shape[:1]:
         raise ValueError(f"images are {pixels.dtype} {pixels.shape}, labels {labels.shape}")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     images.sub_(MEAN.view(1, 3, 1, 1)).div_(DEVIATION.view(1, 3, 1, 1))

@@ -15,7 +15,7 @@ Split = tuple[Tensor, Tensor]
 class TensorDataModule(L.LightningDataModule):
     """Serves train, validation and test sets that fit on the device; a data set is a subclass with `load`.
 
-    A subclass may set `augment`, which changes each training batch by draws of (data_seed, level, epoch, batch).
+    A subclass may set `augmentation`, which changes each training batch by draws of (data_seed, level, epoch, batch).
 
     Args:
         batch_size: training batch of one process.
@@ -42,7 +42,7 @@ class TensorDataModule(L.LightningDataModule):
         self.data_seed, self.data_order, self.split_seed = data_seed, data_order, split_seed
         self.level = 0
         self.splits: dict[str, Split] = {}
-        self.augment: Augment | None = None
+        self.augmentation: Augment | None = None
 
     def load(self) -> Mapping[str, Split]:
         """The splits "train", "val" and "test" as (images float32, labels int64), normalised, on the CPU."""
@@ -60,7 +60,7 @@ class TensorDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ShuffledTensorLoader:
         order = EpochOrder(self.data_seed, self.level)
-        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place(), self.augment)
+        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place(), self.augmentation)
 
     def val_dataloader(self) -> TensorLoader:
         return TensorLoader(*self.splits["val"], self.eval_batch_size, *self._place())

@@ -83,7 +83,7 @@ class Lottery:
         self.controls = every if controls is None else controls
         if unknown := set(self.controls) - set(every):
             raise ValueError(f"controls names {', '.join(sorted(unknown))}: there are {', '.join(every)}")
-        if rule.pruning.needs and "one_shot" in self.controls:
+        if rule.pruning.needs and self.controls.get("one_shot"):
             raise ValueError(f"one_shot has no {rule.pruning.needs} for score {rule.pruning}: leave it out of controls")
         self.rule, self.training = rule, training
         rule.pruning.check(model)

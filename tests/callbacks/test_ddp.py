@@ -23,7 +23,7 @@ STEPS = 14  # of 5 an epoch and rank
 CUT, SAVED = 9, 7  # where the killed fits end, and the checkpoint that they are taken up from
 WITHIN = {
     "gradual": lambda: GradualPruning(0.8, "2it", "10it", "4it"),
-    "snip": lambda: GradualPruning(0.8, "0it", "8it", "4it", Pruning(score="snip", scope="global", batches=2), 0.5),
+    "snip": lambda: GradualPruning(0.8, "0it", "8it", "4it", Pruning(score="snip", scope="global", batches=3), 0.5),
     "n of m": lambda: NMPruning(1, 2, at="8it", pruning=Pruning(score="random")),
 }
 

@@ -2,14 +2,15 @@
 
 import copy
 import csv
+import warnings
 from functools import partial
 
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from stranger import Blobs, Net, Probe, bits, masked, quiet, raw, seeded
+from stranger import Blobs, Net, Probe, bits, masked, quiet, raw, seeded, ticket_of
 from torch.nn import functional as F
 
 from lottery_callbacks import ApplyTicket, Pruning, RewindPoint, Ticket
@@ -339,3 +340,40 @@ def test_a_second_fit_of_the_same_object_begins_dense(tmp_path):
     callback = GradualPruning(0.8, "4it")
     first = bits(fit(tmp_path, callback))
     assert bits(fit(tmp_path, callback)) == first
+
+
+def test_a_ticket_before_any_fit_and_what_cannot_be_combined_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^no fit has begun: call ticket\(module\) after trainer\.fit$"):
+        GradualPruning(0.5).ticket(Net())
+    with pytest.raises(
+        ValueError, match=r"^GradualPruning changes its masks, .* leave WeightAveraging out, or prune by"
+    ):
+        quiet(tmp_path, [GradualPruning(0.5), WeightAveraging()], max_steps=2).fit(Net(), Blobs())
+    both = [GradualPruning(0.5), ApplyTicket(ticket_of(Net()))]
+    with pytest.raises(
+        ValueError, match=r"^GradualPruning and ApplyTicket both set masks: give a Trainer one of them$"
+    ):
+        quiet(tmp_path, both, max_steps=2).fit(Net(), Blobs())
+    frozen = Net()
+    frozen.net[1].weight.requires_grad_(False)
+    rule = Pruning(score="snip", include=["net.1.weight"])
+    with pytest.raises(
+        ValueError, match=r"^score snip, layerwise needs gradients, and net\.1\.weight is frozen: exclude"
+    ):
+        quiet(tmp_path, [GradualPruning(0.5, pruning=rule)], max_steps=2).fit(frozen, Blobs())
+
+
+def test_a_layer_is_named_at_the_update_before_the_one_that_would_empty_it(tmp_path):
+    def warned(sparsity, **schedule):
+        module = Net()
+        with torch.no_grad():
+            module.net[5].weight.mul_(1e-3)  # 60 of 132 weights
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            gradual = GradualPruning(sparsity, pruning=Pruning(scope="global"), **schedule)
+            quiet(tmp_path, [gradual], max_steps=12, limit_val_batches=0).fit(module, Blobs())
+        return [str(w.message).split(" 0 weights ")[1][:20] for w in seen if "about to collapse" in str(w.message)]
+
+    assert warned(0.4) == []  # the only pruning: nothing is to come
+    assert warned(0.5)[0].startswith("now")
+    assert warned(0.5, begin="0it", end="2it", every="1it", initial=0.3)[0].startswith("at the next pruning")

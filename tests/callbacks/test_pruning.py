@@ -274,9 +274,6 @@ def test_a_layer_that_would_be_empty_at_the_next_level_is_named_before():
         masks = rule.next_masks(Evidence(weights), M.ones(weights), 0.1)
     assert M.kept(masks) == {"big": 100, "small": 8}
     assert len(seen) == 1
-    with pytest.warns(UserWarning, match=r"^layer small is about to collapse: .* at the next pruning, and 8 of 20 now"):
-        masks = rule.keep(Evidence(weights), M.ones(weights), {("big", "small"): 108})
-    assert M.kept(masks) == {"big": 100, "small": 8}
     with pytest.warns(UserWarning, match=r"^layer small is about to collapse: it keeps 0 weights now"):
         masks = rule.next_masks(Evidence(weights), masks, 0.1)
     with warnings.catch_warnings():

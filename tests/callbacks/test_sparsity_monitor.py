@@ -5,7 +5,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, RewindPoint, SparsityMonitor, Ticket
+from lottery_callbacks import (
+    ApplyTicket,
+    GradualPruning,
+    IterativeMagnitudePruning,
+    RewindPoint,
+    SparsityMonitor,
+    Ticket,
+)
 from lottery_callbacks.rewinding import snapshot
 
 FIRST, LAST = "network.0.weight", "network.4.weight"  # 72 and 36 weights
@@ -97,3 +104,9 @@ def test_it_leaves_the_run_bitwise_unchanged(trace_fit, make_module):
     assert trace_fit(ApplyTicket(ticket), SparsityMonitor()) == plain
     assert trace_fit(SparsityMonitor(), ApplyTicket(ticket)) == plain
     assert trace_fit(ApplyTicket(ticket_of(make_module(), 10, 11))) != plain
+
+
+def test_after_a_fit_that_prunes_it_knows_what_the_fit_ended_with(make_module, make_trainer, loaders):
+    monitor = SparsityMonitor()
+    make_trainer(callbacks=[GradualPruning(0.5, begin="2it"), monitor]).fit(make_module(), *loaders)
+    assert monitor.densities == {"network.0.weight": 0.5, "network.4.weight": 0.5}

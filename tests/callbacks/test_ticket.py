@@ -255,3 +255,16 @@ def test_a_writer_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp
     with pytest.raises(OSError, match="folder"):
         write_atomically(tmp_path / "folder", b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin", "folder"]
+
+
+def test_a_bare_networks_ticket_becomes_one_of_the_module_around_it_and_back():
+    bare = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    around = nn.ModuleDict({"network": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))})
+    ticket = Ticket({"0.weight": torch.rand(4, 3) < 0.5}, RewindPoint(0, dict(bare.state_dict())), {"level": 2})
+    outside = ticket.as_submodule("network")
+    outside.apply_(around)
+    assert torch.equal(around["network"][0].weight, bare[0].weight * ticket.masks["0.weight"])
+    assert torch.equal(around["network"][1].weight, bare[1].weight)
+    back = outside.for_submodule("network")
+    assert (back.masks.keys(), back.rewind.tensors.keys()) == (ticket.masks.keys(), ticket.rewind.tensors.keys())
+    assert outside.level == 2

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.scopes import SCOPES
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), min_size=1, max_size=4)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -287,3 +288,13 @@ def test_zero_pruned_works_in_place_on_views_parameters_and_channels_last():
     M.zero_pruned_(base[::2, ::2], M.as_bits(torch.zeros(3, 4, dtype=torch.bool), base))
     assert int((base == 0).sum()) == 12
     assert (base[::2, ::2] == 0).all()
+
+
+def test_a_tensor_that_is_empty_already_keeps_nothing():
+    masks = {"a": torch.zeros(3, dtype=torch.bool), "b": torch.ones(4, dtype=torch.bool)}
+    scores = {name: torch.arange(mask.numel()).float() for name, mask in masks.items()}
+    for scope in SCOPES.values():
+        new = M.keep_highest(scores, masks, scope(masks, {"a": 0.5, "b": 0.5}, 1))
+        assert M.kept(new) == {"a": 0, "b": 2}
+    with pytest.raises(ValueError, match="cannot keep 0 of the 4 surviving weights of b"):
+        M.keep_highest(scores, masks, {("a",): 0, ("b",): 0})

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from lottery_callbacks.functional.scores import (
     grasp,
     magnitude,
     movement,
+    needs,
     random,
     snip,
     synflow,
@@ -158,3 +161,19 @@ def test_the_registry_names_the_functions_and_what_they_need():
     assert needed == {"magnitude": None, "random": None, "movement": "movement"} | dict.fromkeys(
         ("gradient", "snip", "grasp", "synflow"), "batches"
     )
+
+
+def test_a_need_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"^needs\('batch'\) is not known: choose batches or movement$"):
+        needs("batch")
+
+
+def test_the_scale_of_the_losses_is_taken_out_of_gradients_and_products():
+    evidence = evidence_of(*network())
+    scaled = replace(evidence, losses=lambda: (8 * loss for loss in evidence.losses()), scale=8)
+    for score in (gradient, snip):
+        assert all(torch.allclose(score(scaled)[name], one) for name, one in score(evidence).items())
+    vector = {name: torch.ones_like(w) for name, w in evidence.weights.items()}
+    products = evidence.hessian_vector(vector)
+    assert all(torch.allclose(p, products[name]) for name, p in scaled.hessian_vector(vector).items())
+    assert any(p.any() for p in products.values())

@@ -107,6 +107,16 @@ def test_few_levels_many_layers_and_large_ones_are_drawn(made):
     assert width > height > 400
 
 
+@pytest.mark.parametrize("emptied", [1, 2])
+def test_layers_that_lost_all_weights_are_drawn_too(emptied):
+    drawn = list(tickets(levels=1, trials=1))
+    last = drawn[-1][1]
+    for name in list(last.masks)[:emptied]:
+        last.masks[name].zero_()
+    width, height = size(mask_figure(drawn))
+    assert width > height > 400
+
+
 def test_a_figure_of_no_ticket_is_refused():
     with pytest.raises(ValueError, match="no tickets to draw: give those of a run's tickets/ folder"):
         mask_figure([])

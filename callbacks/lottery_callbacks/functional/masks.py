@@ -43,13 +43,13 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> None:
 
 
 def survivors(alive: int, rate: float, rounds: int = 1) -> int:
-    """Weights left of `alive` after `rounds` levels: each removes round(rate x surviving), one stays at least.
+    """Weights left of `alive` after `rounds` levels: each removes round(rate x surviving), one of any stays at least.
 
-    >>> survivors(10, 0.2), survivors(266_200, 0.2, rounds=2), survivors(1, 0.9)
-    (8, 170368, 1)
+    >>> survivors(10, 0.2), survivors(266_200, 0.2, rounds=2), survivors(1, 0.9), survivors(0, 0.2)
+    (8, 170368, 1, 0)
     """
     for _ in range(rounds):
-        alive = max(1, alive - round(rate * alive))
+        alive = max(min(1, alive), alive - round(rate * alive))
     return alive
 
 
@@ -67,7 +67,7 @@ def keep_highest(
     Cost: one selection (not a sort) per group.
 
     Raises:
-        ValueError: a score is not finite, or a budget is below one or above what survives.
+        ValueError: a score is not finite, or a budget is above what survives, or none where one does.
     """
     new: Masks = {}
     for names, keep in budget.items():
@@ -77,7 +77,7 @@ def keep_highest(
             bad = [name for name in names if not torch.isfinite(scores[name][masks[name]]).all()]
             raise ValueError(f"scores of {', '.join(bad)} are not finite: did the training diverge?")
         alive = int(flat_mask.sum())
-        if not 1 <= keep <= alive:
+        if not min(1, alive) <= keep <= alive:
             raise ValueError(f"cannot keep {keep} of the {alive} surviving weights of {', '.join(names)}")
         values = flat_score.masked_fill(~flat_mask, -torch.inf)
         flat_new = torch.ones_like(flat_mask)

@@ -40,7 +40,7 @@ def erk(masks: Mapping[str, Tensor], rates: Mapping[str, float], rounds: int = 1
         ValueError: the rates differ between tensors, which has no meaning here.
     """
     alive = kept(masks)
-    total = max(survivors(sum(alive.values()), _one_rate("erk", rates), rounds), len(masks))
+    total = max(survivors(sum(alive.values()), _one_rate("erk", rates), rounds), sum(map(bool, alive.values())))
     raw = {name: float(sum(mask.shape)) for name, mask in masks.items()}  # density c * sum/prod, times size prod
     fixed: dict[str, float] = {}
     while True:  # tensors that are full stay full; the rest share what is left

@@ -18,6 +18,7 @@ class Evidence:
         weights: the present weights, zero where pruned.
         generator: for scores that draw, on the CPU.
         losses: makes the training loss of each batch of the evidence, differentiable in `weights`.
+        scale: what these losses were multiplied by, against underflow in half precision.
         flow: makes dR/d|w| of the synaptic flow R, see `synflow`.
         movement: the sum over the steps of the fit so far of -gradient * weight.
         average: the mean of a tensor over processes.
@@ -26,6 +27,7 @@ class Evidence:
     weights: Mapping[str, Tensor]
     generator: torch.Generator = field(default_factory=torch.Generator)
     losses: Callable[[], Iterable[Tensor]] | None = None
+    scale: float = 1.0
     flow: Callable[[], Tensors] | None = None
     movement: Mapping[str, Tensor] | None = None
     average: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -48,7 +50,9 @@ class Evidence:
         total, count = [torch.zeros_like(weight) for weight in self.weights.values()], 0
         for loss in known("the training loss", self.losses)():
             total, count = [t + d.detach() for t, d in zip(total, of(loss), strict=True)], count + 1
-        return {name: self.average(t / count) for name, t in zip(self.weights, total, strict=True)}
+        if not count:
+            raise ValueError("no batch of the evidence has a loss: give the rule more `batches`, or another score")
+        return {name: self.average(t / (count * self.scale)) for name, t in zip(self.weights, total, strict=True)}
 
     def _differentiate(self, scalar: Any, create_graph: bool = False) -> list[Tensor]:
         weights = list(self.weights.values())
@@ -59,7 +63,13 @@ Score = Callable[[Evidence], Tensors]
 
 
 def needs(what: str) -> Callable[[Score], Score]:
-    """Mark a score that needs training "batches", or the "movement" of a fit, to be collected for it."""
+    """Mark a score that needs training "batches", or the "movement" of a fit, to be collected for it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if what not in ("batches", "movement"):
+        raise ValueError(f"needs({what!r}) is not known: choose batches or movement")
 
     def mark(score: Score) -> Score:
         score.needs = what  # pyright: ignore[reportFunctionMemberAccess]

@@ -85,6 +85,7 @@ def test_training_batches_are_augmented_only_if_asked_and_evaluation_never_is(tm
         {"x_train": np.zeros((12, 32, 32, 3), np.float32)},
         {"x_train": np.zeros((12, 3, 32, 32), np.uint8)},
         {"y_train": np.zeros(11, np.int64)},
+        {"y_train": np.zeros((12, 1), np.int64)},
         {"y_test": np.array([None], dtype=object)},
     ],
 )

@@ -1,0 +1,70 @@
+"""Synaptic flow: how much of what enters a network of absolute weights passes through each of them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEUTRAL = {"running_mean": 0.0, "running_var": 1.0}
+
+
+def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+    """dR/d|w| in float64 (Tanaka et al., arXiv 2006.05467), R the sum of `module(ones)` with all parameters absolute.
+
+    `ones` has the shape of one example of the batch's first float tensor. Batch norm is evaluated at mean 0 and
+    variance 1, so that R is a sum of products of absolute weights. Modes and tensors of the module stay as they are.
+
+    Args:
+        module: its `forward` takes that one tensor.
+        weights: the module's own parameters whose flow is asked for, by any name.
+        batch: nested tensors; only a shape is taken from them.
+
+    Raises:
+        ValueError: the batch has no floats, `forward` cannot run on one float64 example, or the flow is not positive,
+            as behind layer norm, group norm or softmax.
+    """
+    example = next((part for part in _tensors(batch) if part.is_floating_point()), None)
+    if example is None:
+        raise ValueError("synflow needs an input of floats, and the batch has none: choose another score")
+    own = {name: parameter.detach().abs().double() for name, parameter in module.named_parameters()}
+    for name, buffer in module.named_buffers():
+        value = NEUTRAL.get(name.rpartition(".")[2])
+        own[name] = buffer if value is None else torch.full_like(buffer, value, dtype=torch.float64)
+    actual = {id(parameter): name for name, parameter in module.named_parameters()}
+    inputs = {name: own[actual[id(weight)]].requires_grad_() for name, weight in weights.items()}
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        with torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
+            ones = torch.ones_like(example[:1], dtype=torch.float64)
+            outputs = torch.func.functional_call(module, own, (ones,))
+            total = torch.stack([part.sum() for part in _tensors(outputs)]).sum()
+            found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+    except (TypeError, RuntimeError) as error:  # NotImplementedError, where there is no forward, is a RuntimeError
+        forward, reason = f"{type(module).__name__}.forward", " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"synflow cannot run {forward} on one float64 example ({reason}): choose another score"
+        ) from error
+    finally:
+        for part in training:
+            part.training = True
+    through = max(float((flow * weight.detach()).sum()) for flow, weight in zip(found, inputs.values(), strict=True))
+    if through <= 1e-9 * float(total) or any(bool((flow < 0).any()) for flow in found):  # softmax: rounding alone
+        raise ValueError(
+            "synflow needs a positive flow, and layer norms, group norms and softmax outputs give none: choose another "
+            "score"
+        )
+    return dict(zip(inputs, found, strict=True))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
