@@ -51,7 +51,7 @@ def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) 
         for part in training:
             part.training = True
     through = max(float((flow * weight.detach()).sum()) for flow, weight in zip(found, inputs.values(), strict=True))
-    if through <= 1e-9 * float(total) or any(bool((flow < 0).any()) for flow in found):  # softmax: rounding alone
+    if through <= 1e-9 * total.item() or any(bool((flow < 0).any()) for flow in found):  # softmax: rounding alone
         raise ValueError(
             "synflow needs a positive flow, and layer norms, group norms and softmax outputs give none: choose another "
             "score"
