@@ -1,4 +1,4 @@
-"""Claims L2 to L5 from a lottery's results.csv: paired differences by level, as a Markdown table.
+"""Claims L2 to L7 from a lottery's results.csv: paired differences by level, as a Markdown table.
 
     python scripts/lottery_claims.py results/lth/lenet_mnist_small.csv
 
