@@ -57,7 +57,8 @@ def lottery_figure(rows: Sequence[dict[str, Any]], max_steps: int) -> bytes:
         axis.axhline(dense, color="grey", lw=0.8, zorder=0)
         axis.set_xscale("log")
         axis.invert_xaxis()
-        ticks = sorted({round(100 * row["density"], 1) for row in rows}, reverse=True)[::2]
+        ticks = sorted({round(100 * row["density"], 1) for row in rows}, reverse=True)
+        ticks = ticks[:: 2 if len(ticks) > 8 else 1]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xlabel("density: weights kept (%)")
