@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lottery_callbacks.functional.modes import evaluating
 from lottery_callbacks.names import canonical
 from lottery_callbacks.ticket import write_atomically
 
@@ -45,7 +45,7 @@ def export_onnx(
     except ImportError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'lottery-lightning[export]'") from error
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    with _evaluating(network), warnings.catch_warnings():
+    with evaluating(network), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*_flat_weights.* were assigned during export")  # an LSTM's own aliases
         program = torch.onnx.export(network, inputs, dynamo=True, optimize=False, verbose=False, **options)
     assert program is not None
@@ -54,14 +54,3 @@ def export_onnx(
     write_atomically(path, program.model_proto.SerializeToString())
     arrays = ((tensor.name, onnx.numpy_helper.to_array(tensor)) for tensor in onnx.load(path).graph.initializer)
     return {name: int((array == 0).sum()) for name, array in arrays}
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = [part for part in network.modules() if part.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

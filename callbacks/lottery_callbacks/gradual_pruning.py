@@ -8,7 +8,7 @@ import torch
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.schedules import budget_at, cubic, geometric, updates
 from lottery_callbacks.functional.steps import Step
-from lottery_callbacks.pruning import Pruning, keep_exactly, warn_of_collapse
+from lottery_callbacks.pruning import Pruning, warn_of_collapse
 from lottery_callbacks.pruning_within_fit import PruningWithinFit, iterations, provenance
 
 
@@ -37,7 +37,7 @@ class GradualPruning(PruningWithinFit):
             d^(i / rounds) of SynFlow (Tanaka et al., arXiv 2006.05467, 100 rounds).
         seed: of scores that draw.
 
-    Reset and kept: see `PruningWithinFit`. Cost: `rounds` scores and sorts an update.
+    Reset and kept: see `PruningWithinFit`. Cost: `rounds` scores and selections an update.
 
     Raises:
         ValueError: a bad argument, or a schedule that does not fit the run; each names the mend.
@@ -89,11 +89,11 @@ class GradualPruning(PruningWithinFit):
             budget = budget_at(target, self.masks, self.pruning.scope)
             if sum(budget.values()) < sum(M.kept(self.masks).values()):
                 scores = self.pruning.scores(self.evidence(trainer, module, generator), self.masks)
-                self.change_masks(trainer, module, keep_exactly(scores, self.masks, budget))
+                self.change_masks(trainer, module, M.keep_highest(scores, self.masks, budget))
         if self.masks is not before:
             following = next((after for after in self.updates if after > step), step)
             budget = budget_at(self._sparsity(following), self.masks, self.pruning.scope)
-            warn_of_collapse(before, self.masks, keep_exactly(scores, self.masks, budget))
+            warn_of_collapse(before, self.masks, M.keep_highest(scores, self.masks, budget))
 
     def _sparsity(self, step: int) -> float:
         return cubic(step, self.updates[0], self.updates[-1], self.sparsity, self.initial)

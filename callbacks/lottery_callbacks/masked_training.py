@@ -75,8 +75,7 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
-        states = state["random_states"]
-        random_state.restore(states[trainer.global_rank if len(states) == trainer.world_size else 0])
+        random_state.restore(of_this_process(trainer, state["random_states"]))
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -170,6 +169,11 @@ def of_all_processes(state: Any) -> list[Any]:
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
     return states
+
+
+def of_this_process(trainer: L.Trainer, states: list[Any]) -> Any:
+    """This process's state among those of `of_all_processes`; the first where there were more or fewer of them."""
+    return states[trainer.global_rank if len(states) == trainer.world_size else 0]
 
 
 def log_densities(trainer: L.Trainer, masks: M.Masks) -> None:

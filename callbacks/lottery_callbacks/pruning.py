@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lottery_callbacks.functional.masks import Masks, keep_highest, kept
-from lottery_callbacks.functional.scopes import SCOPES, Budget
+from lottery_callbacks.functional.scopes import SCOPES
 from lottery_callbacks.functional.scores import SCORES, Evidence, Score, Tensors
 from lottery_callbacks.messages import describe, one_of
 from lottery_callbacks.names import named_parameters, owners
@@ -129,8 +129,8 @@ class Pruning:
         """
         scores = self.scores(evidence, masks)
         rates = {name: self.rate_of(name, rate) for name in masks}
-        new = keep_exactly(scores, masks, SCOPES[self.scope](masks, rates, rounds))
-        later = keep_exactly(scores, new, SCOPES[self.scope](new, rates, 1))
+        new = keep_highest(scores, masks, SCOPES[self.scope](masks, rates, rounds))
+        later = keep_highest(scores, new, SCOPES[self.scope](new, rates, 1))
         warn_of_collapse(masks, new, later)
         return new
 
@@ -146,14 +146,6 @@ class Pruning:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def keep_exactly(scores: Tensors, masks: Masks, budget: Budget) -> Masks:
-    """`keep_highest`, its counts checked."""
-    new = keep_highest(scores, masks, budget)
-    for names, keep in budget.items():
-        assert sum(int(new[name].sum()) for name in names) == keep, names
-    return new
 
 
 def warn_of_collapse(masks: Masks, new: Masks, later: Masks) -> None:

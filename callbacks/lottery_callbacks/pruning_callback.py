@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lottery_callbacks.functional.scores import Evidence, Tensors
 from lottery_callbacks.functional.synaptic_flow import synaptic_flow
-from lottery_callbacks.masked_training import MaskedTraining, of_all_processes
+from lottery_callbacks.masked_training import MaskedTraining, of_all_processes, of_this_process
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import named_parameters
 from lottery_callbacks.pruning import Pruning
@@ -98,7 +98,7 @@ class PruningCallback(MaskedTraining):
             zeros = {name: torch.zeros_like(own[name], dtype=torch.float32) for name in self.masks}
             self._movement = {name: saved[name].to(zero) if saved else zero for name, zero in zeros.items()}
         if saved := self._resumed.get("batches"):
-            batches = saved[trainer.global_rank if len(saved) == trainer.world_size else 0]
+            batches = of_this_process(trainer, saved)
             self._batches.extend(move_data_to_device(batches, trainer.strategy.root_device))
 
     def on_train_batch_start(

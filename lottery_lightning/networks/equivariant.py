@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lottery_lightning.networks.groups import Group, check_grid, filter_table, order
-from lottery_lightning.networks.initialisation import Initialisation, initialise
+from lottery_lightning.networks.initialisation import Initialisation, initialise, reset_norms
 
 
 class GroupConv2d(nn.Conv2d):
@@ -148,9 +148,7 @@ class GroupCNN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Redraw all weights from the global random state; norm layers begin anew."""
-        for layer in self.features:
-            if isinstance(layer, nn.BatchNorm3d):
-                layer.reset_parameters()
+        reset_norms(self)
         initialise(self, self.init)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -41,5 +41,5 @@ def initialise(network: nn.Module, scheme: Initialisation) -> None:
 def reset_norms(network: nn.Module) -> None:
     """Give batch and group norms scale 1, shift 0 and new running statistics, in place; nothing is drawn."""
     for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d | nn.GroupNorm):
             layer.reset_parameters()

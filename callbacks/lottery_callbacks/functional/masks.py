@@ -86,6 +86,7 @@ def keep_highest(
             flat_new = values > highest_removed
             ties = (values == highest_removed).nonzero().flatten()  # the lowest indices go first
             flat_new[ties[len(ties) - (keep - int(flat_new.sum())) :]] = True
+        assert int(flat_new.sum()) == keep, names
         sizes = [masks[name].numel() for name in names]
         for name, part in zip(names, flat_new.split(sizes), strict=True):
             new[name] = part.view(masks[name].shape)

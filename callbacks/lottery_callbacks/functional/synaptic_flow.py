@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lottery_callbacks.functional.modes import evaluating
+
 NEUTRAL = {"running_mean": 0.0, "running_var": 1.0}
 
 
@@ -33,11 +35,8 @@ def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) 
         own[name] = buffer if value is None else torch.full_like(buffer, value, dtype=torch.float64)
     actual = {id(parameter): name for name, parameter in module.named_parameters()}
     inputs = {name: own[actual[id(weight)]].requires_grad_() for name, weight in weights.items()}
-    training = [part for part in module.modules() if part.training]
     try:
-        for part in training:
-            part.training = False
-        with torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
+        with evaluating(module), torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
             ones = torch.ones_like(example[:1], dtype=torch.float64)
             outputs = torch.func.functional_call(module, own, (ones,))
             total = torch.stack([part.sum() for part in _tensors(outputs)]).sum()
@@ -47,9 +46,6 @@ def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) 
         raise ValueError(
             f"synflow cannot run {forward} on one float64 example ({reason}): choose another score"
         ) from error
-    finally:
-        for part in training:
-            part.training = True
     through = max(float((flow * weight.detach()).sum()) for flow, weight in zip(found, inputs.values(), strict=True))
     if through <= 1e-9 * total.item() or any(bool((flow < 0).any()) for flow in found):  # softmax: rounding alone
         raise ValueError(
