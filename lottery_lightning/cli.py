@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -40,6 +41,8 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can mend is one line on stderr and code 1."""
+    if not torch.cuda.is_available():  # Lightning sets it; each optimizer step of torch then looks for a GPU, 40 us
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--config", str(QUICKSTART)]
     arguments = [word for given in arguments for word in _apart(given)]
     if arguments[0] in ("-h", "--help"):
@@ -51,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     try:
         command = _command(arguments)
-        options = _unwrap(arguments[arguments[0] == command :], command)
+        options = arguments[arguments[0] == command :]
         if command in EXPERIMENTS:
             return _experiment(command, options)
-        _lightning([command, *options])
+        _lightning([command, *_unwrap(options, command)])
     except ArgumentError as error:
         return _fail(f"{error}; see train.py {command} --help")
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
@@ -110,17 +113,22 @@ def _read(path: str) -> dict[str, Any]:
     return content
 
 
-def _experiment(name: str, options: list[str]) -> int:
+def build(name: str, options: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The experiment that the options of its command describe, and its complete config in primitives."""
     parser = ArgumentParser(prog=f"train.py {name}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; later options override it")
     parser.add_class_arguments(EXPERIMENTS[name])
-    config = parser.parse_args(options)
+    config = parser.parse_args(_unwrap(options, name))
     identity = yaml.safe_load(parser.dump(config))
-    quiet()
     L.seed_everything(config.seed, verbose=False)  # for what `reset_parameters` leaves: frozen weights, buffers
     arguments = {key: value for key, value in vars(parser.instantiate(config)).items() if key != "config"}
-    experiment = EXPERIMENTS[name](**arguments)  # checks its arguments before the folder is claimed
-    claim(experiment.run_dir, {name: {key: value for key, value in identity.items() if key != "config"}})
+    return EXPERIMENTS[name](**arguments), {name: {key: value for key, value in identity.items() if key != "config"}}
+
+
+def _experiment(name: str, options: Sequence[str]) -> int:
+    quiet()
+    experiment, config = build(name, options)  # checks its arguments before the folder is claimed
+    claim(experiment.run_dir, config)
     try:
         experiment.run()
     except (KeyboardInterrupt, SystemExit):  # Lightning turns an interrupted fit into an exit

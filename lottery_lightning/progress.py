@@ -26,7 +26,7 @@ class ExperimentProgress(L.Callback):
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=runs * steps_per_run)
-        self._before = 0
+        self._before = self._shown = 0
 
     def __enter__(self) -> "ExperimentProgress":
         self._bar.start()
@@ -37,6 +37,7 @@ class ExperimentProgress(L.Callback):
 
     def start(self, name: str) -> None:
         """A run begins."""
+        self._shown = 0
         self._bar.update(self._task, description=name)
 
     def finish(self, line: str | None) -> None:
@@ -46,8 +47,13 @@ class ExperimentProgress(L.Callback):
         if line:
             self.console.print(line, soft_wrap=True)
 
+    def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
+        """The bar may advance by visits."""
+        return ()
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0:
-            self._bar.update(self._task, completed=self._before + trainer.global_step)
+        if trainer.global_step - self._shown >= self.every:
+            self._shown = trainer.global_step
+            self._bar.update(self._task, completed=self._before + self._shown)

@@ -10,6 +10,7 @@ from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint
 from lottery_callbacks.sparsity_monitor import SparsityMonitor
 from lottery_callbacks.ticket import Ticket
+from lottery_callbacks.validate_every import ValidateEvery
 from lottery_callbacks.validation_curve import ValidationCurve
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RewindPoint",
     "SparsityMonitor",
     "Ticket",
+    "ValidateEvery",
     "ValidationCurve",
     "export_onnx",
     "newest_checkpoint",

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from lottery_callbacks.apply_ticket import start_from
 from lottery_callbacks.checkpoints import newest_checkpoint
+from lottery_callbacks.fit_steps import counts_steps, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import require_agreement
@@ -179,20 +180,21 @@ class IterativeMagnitudePruning(PruningCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.ticket is None and not _smoke_test(trainer):
-            self._check_rewind(trainer, pl_module)
+            self._check_rewind(trainer)
 
-    def _check_rewind(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        batches = trainer.num_training_batches
-        if self.rewind.unit == "ep" and math.isinf(batches):
+    def _check_rewind(self, trainer: L.Trainer) -> None:
+        if self.rewind.unit == "ep" and math.isinf(trainer.num_training_batches):
             raise ValueError(f"rewind={self.rewind} needs a loader with a length: give iterations, as in '500it'")
-        per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-        at = self.rewind.in_iterations(per_epoch)
-        limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
-        last = min((limit for limit in limits if limit > 0), default=at + 1)
-        if last <= at and module.automatic_optimization:  # else an epoch's number of steps is the module's own
+        per_epoch = steps_per_epoch(trainer)
+        at, last = self.rewind.in_iterations(per_epoch), last_step(trainer, per_epoch)
+        if last <= at and counts_steps(trainer):  # else an epoch's number of steps is the module's own
             raise ValueError(
                 f"rewind={self.rewind} is step {at}, and the run's last step is {last}: rewind earlier or train longer"
             )
+
+    def visit_ends(self, per_epoch: int, last: float) -> Iterable[int] | None:
+        collecting = super().visit_ends(per_epoch, last)
+        return collecting if collecting is None else [self.rewind.in_iterations(per_epoch)]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

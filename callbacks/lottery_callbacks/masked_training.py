@@ -1,17 +1,25 @@
 """Training under a mask: what keeps pruned weights at exactly zero, and what a resumed fit needs for it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.distributed
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from lottery_callbacks import random_state
+from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.names import named_parameters
+
+# Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
+KEEP_ZEROS = {
+    optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop, optim.Adagrad,
+    optim.Adadelta, optim.ASGD, optim.Rprop,
+}  # fmt: skip
 
 
 class MaskedTraining(L.Callback):
@@ -27,7 +35,8 @@ class MaskedTraining(L.Callback):
     Kept in checkpoints: the masks and the global random state of each process, so that a resumed fit goes on bit for
     bit. Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are
     applied: one digest is gathered.
-    Cost a step: two bitwise ands over the pruned tensors.
+    Cost a step: two bitwise ands over the pruned tensors; in a visit of several steps one, since there the weights are
+    masked once a visit if the optimizer cannot move them (`keeps_zeros`).
 
     Raises:
         RuntimeError: a process holds other masks than the first one; raised on all of them.
@@ -43,6 +52,7 @@ class MaskedTraining(L.Callback):
         self._handles: list[Any] = []
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
+        self._once_a_visit = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
@@ -105,17 +115,29 @@ class MaskedTraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
+        self._once_a_visit = makes_visits(trainer)
         self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
-        if not pl_module.automatic_optimization:  # its steps may pass by on_before_optimizer_step
+        if not pl_module.automatic_optimization:  # a step of the bare optimizer passes by on_before_optimizer_step
             self._handles += [o.register_step_pre_hook(self._mask_gradients) for o in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        self._mask_gradients()
+        if pl_module.automatic_optimization:
+            self._mask_gradients()
 
     def _mask_gradients(self, *_: Any) -> None:
         for parameter, bits in self._bits.items():
             if parameter.grad is not None:
                 M.zero_pruned_(parameter.grad, bits)
+
+    def visit_ends(self, per_epoch: int, last: float) -> Iterable[int] | None:
+        """None of its own; see `fit_steps`."""
+        return ()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._once_a_visit:
+            self._zero_weights()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in self._checked:  # its state exists since its first step, in the dense level too
@@ -123,6 +145,10 @@ class MaskedTraining(L.Callback):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     elementwise_state(optimizer, parameter)
+        if not (self._once_a_visit and keeps_zeros(optimizer)):
+            self._zero_weights()
+
+    def _zero_weights(self) -> None:
         for parameter, bits in self._bits.items():
             M.zero_pruned_(parameter, bits)
 
@@ -192,6 +218,14 @@ def set_level(trainer: L.Trainer, level: int) -> None:
         setter(level)
     elif level:
         rank_zero_info("the data has no set_level(level): its order is its own affair; seed it before each level")
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether its step leaves weights exactly 0 that are 0, with gradient and state 0: no mask is needed after it.
+
+    So are the element-wise optimizers of `torch.optim`, whatever their options, where no hook of others follows them.
+    """
+    return type(optimizer) in KEEP_ZEROS and len(optimizer._optimizer_step_post_hooks) <= 1
 
 
 def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

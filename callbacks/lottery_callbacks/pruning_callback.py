@@ -1,7 +1,7 @@
 """The base of the callbacks that prune: it collects, during a fit, what their score looks at."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -87,6 +87,10 @@ class PruningCallback(MaskedTraining):
 
     # ---- collecting
 
+    def visit_ends(self, per_epoch: int, last: float) -> Iterable[int] | None:
+        """None where the score looks at batches; see `fit_steps`."""
+        return None if self.pruning.needs == "batches" else super().visit_ends(per_epoch, last)
+
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         super().apply_masks(trainer, module)
         own, needed = named_parameters(module), self.pruning.needs
@@ -104,6 +108,7 @@ class PruningCallback(MaskedTraining):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.pruning.needs == "batches":
             self._batches.append(_copied(batch))
 

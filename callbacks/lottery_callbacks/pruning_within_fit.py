@@ -1,8 +1,8 @@
 """Pruning at chosen steps of one fit: what gradual, one-shot and N:M pruning share."""
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as L
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lottery_callbacks.fit_steps import counts_steps, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import log_densities
@@ -91,16 +92,17 @@ class PruningWithinFit(PruningCallback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        batches, known = trainer.num_training_batches, pl_module.automatic_optimization
-        per_epoch = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-        self.updates = self.steps(per_epoch if known else 0)
-        limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
-        last = min((limit for limit in limits if limit > 0), default=math.inf)
-        if last <= self.updates[-1] and known and not getattr(trainer, "fast_dev_run", False):
+        per_epoch = steps_per_epoch(trainer)
+        self.updates, last = self.steps(per_epoch), last_step(trainer, per_epoch)
+        if last <= self.updates[-1] and counts_steps(trainer) and not getattr(trainer, "fast_dev_run", False):
             raise ValueError(
                 f"the last pruning is due at step {self.updates[-1]}, and the run's last step is {last}: "
                 "prune earlier or train longer"
             )
+
+    def visit_ends(self, per_epoch: int, last: float) -> Iterable[int] | None:
+        collecting = super().visit_ends(per_epoch, last)
+        return collecting if collecting is None else self.steps(per_epoch)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lottery_callbacks.fit_steps import in_steps
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
 
@@ -112,7 +113,7 @@ def training_state(trainer: L.Trainer) -> dict[str, Any]:
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": trainer.precision_plugin.state_dict(),
-        "loops": trainer.fit_loop.state_dict(),
+        "loops": in_steps(trainer.fit_loop.state_dict(), trainer.train_dataloader, trainer.global_step),
     }
     return to_cpu(state)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lottery_lightning.data.loader import Augment, EpochOrder, ShuffledTensorLoader, TensorLoader
+from lottery_lightning.data.visits import Visits
 
 Split = tuple[Tensor, Tensor]
 
@@ -43,6 +44,7 @@ class TensorDataModule(L.LightningDataModule):
         self.level = 0
         self.splits: dict[str, Split] = {}
         self.augmentation: Augment | None = None
+        self.visits: Visits | None = None
 
     def load(self) -> Mapping[str, Split]:
         """The splits "train", "val" and "test" as (images float32, labels int64), normalised, on the CPU."""
@@ -54,13 +56,16 @@ class TensorDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the set once and keep it on the training device."""
+        if stage == "fit":
+            self.visits = None  # a task that makes visits says so anew at each fit
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         splits = self.splits or self.load()
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
 
     def train_dataloader(self) -> ShuffledTensorLoader:
         order = EpochOrder(self.data_seed, self.level)
-        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place(), self.augmentation)
+        kept = self.augmentation, self.visits, lambda: self.trainer.global_step if self.trainer else 0
+        return ShuffledTensorLoader(*self.splits["train"], self.batch_size, order, *self._place(), *kept)
 
     def val_dataloader(self) -> TensorLoader:
         return TensorLoader(*self.splits["val"], self.eval_batch_size, *self._place())

@@ -1,10 +1,13 @@
 """Batches from tensors that lie on the training device: no worker processes, no collation, no copies."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lottery_lightning.data.visits import Visit, Visits
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -69,7 +72,8 @@ class ShuffledTensorLoader(TensorLoader):
 
     Over several processes the set is cut to a multiple of `world_size`, so that all make as many steps. The
     order is called `sampler` because Lightning calls `loader.sampler.set_epoch`. `augment(images, generator)`, if
-    given, changes each batch at random.
+    given, changes each batch at random. With `visits` it yields `Visit`s; its length counts them, `steps_per_epoch` the
+    batches, and `steps_done()` is asked how many optimizer steps the fit has made.
     """
 
     def __init__(
@@ -81,16 +85,44 @@ class ShuffledTensorLoader(TensorLoader):
         rank: int = 0,
         world_size: int = 1,
         augment: Augment | None = None,
+        visits: Visits | None = None,
+        steps_done: Callable[[], int] = int,
     ) -> None:
         super().__init__(images, labels, batch_size, rank, world_size)
         self.sampler = order
         self.augment = augment
+        self.visits = visits
+        self.steps_done = steps_done
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.sampler.batch == len(self):
+    @property
+    def steps_per_epoch(self) -> int:
+        return super().__len__()
+
+    def __len__(self) -> int:
+        return self.visits.per_epoch if self.visits else self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.sampler.batch == self.steps_per_epoch:
             self.sampler.set_epoch(self.sampler.epoch + 1)
-        order = self._share(self.sampler.permutation(len(self.labels))).to(self.labels.device)
-        for batch in order.split(self.batch_size)[self.sampler.batch :]:
+        order = self._share(self.sampler.permutation(len(self.labels))).to(self.labels.device).split(self.batch_size)
+        if self.visits is None:
+            yield from self._batches(order[self.sampler.batch :])
+            return
+        for end in self.visits.of_epoch(self._first_step)[self.visits_done :]:
+            batches = order[self.sampler.batch : end]
+            yield Visit(self._batches(batches), len(batches))
+
+    @property
+    def visits_done(self) -> int:
+        """Items of this epoch that lie behind its position."""
+        return self.visits.before(self.sampler.batch, self._first_step) if self.visits else self.sampler.batch
+
+    @property
+    def _first_step(self) -> int:
+        return self.steps_done() - self.sampler.batch
+
+    def _batches(self, order: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in order:
             self.sampler.batch += 1  # before the yield: a checkpoint made during the step counts it as done
             images = self.images[batch]
             if self.augment is not None:

@@ -18,6 +18,7 @@ from lottery_callbacks import (
     IterativeMagnitudePruning,
     ResumeCheckpoint,
     SparsityMonitor,
+    ValidateEvery,
     ValidationCurve,
     newest_checkpoint,
 )
@@ -42,7 +43,7 @@ class Training:
 
     Args:
         max_steps: optimizer steps of a run.
-        val_every: validate every so many steps; it divides max_steps, so that the end is validated too.
+        val_every: validate every so many steps, "100it" or "1ep", and after the last.
         threads: CPU threads of torch; small networks are fastest with 1. None leaves torch's choice.
         checkpoint_seconds: least time between two checkpoints to resume from.
         logger: "csv", "tensorboard", "wandb" (offline without an account: WANDB_MODE=offline) or "none".
@@ -50,17 +51,16 @@ class Training:
     """
 
     max_steps: int = 50_000
-    val_every: int = 100
+    val_every: str = "100it"
     threads: int | None = None
     checkpoint_seconds: float = 30.0
     logger: Kind = "none"
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.val_every < 1 or self.max_steps % self.val_every:
-            raise ValueError(
-                f"val_every={self.val_every} must divide max_steps={self.max_steps}, so that the last step is validated"
-            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: a run makes one step at least")
+        ValidateEvery(self.val_every)
         known = inspect.signature(L.Trainer).parameters
         if unknown := set(self.trainer) - set(known):
             raise ValueError(f"training.trainer names {', '.join(sorted(unknown))}: no argument of Trainer")
@@ -127,7 +127,7 @@ class Runner:
         if hasattr(self.data, "data_seed"):
             self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]
         L.seed_everything(stable_seed(seed, run.level, run.arm, run.draw), verbose=False)
-        folder, curve = run.run_dir, ValidationCurve()
+        folder, validate, curve = run.run_dir, ValidateEvery(self.training.val_every), ValidationCurve()
         best = ModelCheckpoint(
             folder,
             filename="best",
@@ -137,7 +137,7 @@ class Runner:
             save_on_train_epoch_end=False,
         )
         resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
-        trainer = self._trainer(run, [masked, SparsityMonitor(), curve, *self.callbacks, best, resume])
+        trainer = self._trainer(run, [masked, validate, SparsityMonitor(), curve, *self.callbacks, best, resume])
         if trainer.logger:
             own = {"seed": seed, "trial": run.trial, "level": run.level, "arm": run.arm, "draw": run.draw}
             trainer.logger.log_hyperparams(self.config | own)
@@ -178,8 +178,6 @@ class Runner:
         options: dict[str, Any] = {
             "max_steps": self.training.max_steps,
             "max_epochs": -1,
-            "val_check_interval": self.training.val_every,
-            "check_val_every_n_epoch": None,
             "num_sanity_val_steps": 0,
             "logger": make_logger(self.training.logger, run.run_dir, self.name, group, str(run)),
             "enable_progress_bar": False,

@@ -2,15 +2,16 @@
 
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lottery_lightning.tasks.visiting import VisitingModule
 
-class ImageClassifier(L.LightningModule):
+
+class ImageClassifier(VisitingModule):
     """Cross-entropy training of a network; it knows nothing of pruning.
 
     Logs `train/loss`, `val/loss`, `val/acc`, `test/loss`, `test/acc` (top-1, micro average).
@@ -21,6 +22,7 @@ class ImageClassifier(L.LightningModule):
         scheduler: makes the learning rate schedule from the optimizer; None for a constant rate.
         scheduler_interval: whether the schedule steps every "step" or every "epoch".
         num_classes: number of labels.
+        steps_per_visit: optimizer steps in one call of `training_step`, with the same bits; see `VisitingModule`.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class ImageClassifier(L.LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["step", "epoch"] = "step",
         num_classes: int = 10,
+        steps_per_visit: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(steps_per_visit)
         self.network = network
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -42,12 +45,9 @@ class ImageClassifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        if self.trainer.loggers:  # a log entry costs a tenth of a small network's step
-            self.log("train/loss", loss.detach(), batch_size=len(labels))
-        return loss
+        return F.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", self.val_acc, batch)
@@ -62,7 +62,9 @@ class ImageClassifier(L.LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.make_scheduler(optimizer), "interval": self.scheduler_interval}
+        schedule: dict[str, Any] = {"scheduler": self.make_scheduler(optimizer)}
+        if self.automatic_optimization:  # with visits it is stepped by hand
+            schedule["interval"] = self.scheduler_interval
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _evaluate(self, split: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:

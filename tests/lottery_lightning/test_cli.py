@@ -36,7 +36,7 @@ def edited(tmp_path, old, new):
         ("levels: 9", "level: 9", "'level'"),
         ("rate: 0.2", "rate: 1.5", "rate=1.5 is outside (0, 1)"),
         ("*output", "*outptu", "'*outptu.weight'"),
-        ("val_every: 10", "val_every: 7", "val_every=7 must divide max_steps=300"),
+        ("val_every: 10it", "val_every: 10", '"training.val_every"'),
         ("threads: 1", "threads: 1, trainer: {acelerator: cpu}", "acelerator"),
         ("reinit: 1", "renit: 1", "renit"),
         ("rate: 0.2", "rewind: 300it", "rewind=300it is not before training.max_steps=300"),

@@ -39,6 +39,7 @@ def test_every_config_names_its_command():
         assert command in (*EXPERIMENTS, *LIGHTNING)
 
 
+@pytest.mark.filterwarnings("error:one optimizer step a visit")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs(path, tmp_path, files):
     (command,), (content,) = zip(*yaml.safe_load(path.read_text()).items(), strict=True)
@@ -49,7 +50,7 @@ def test_config_runs(path, tmp_path, files):
     if command == "lottery":
         rewind = "1it" if content["rule"].get("rewind", "0it") != "0it" else "0it"
         run += ["--run_dir", str(tmp_path / "run"), "--levels", "1", "--trials", "1", "--rule.rewind", rewind]
-        run += ["--training.max_steps", "2", "--training.val_every", "2", "--training.threads", "1"]
+        run += ["--training.max_steps", "2", "--training.val_every", "2it", "--training.threads", "1"]
         if "data_dir" in content["data"]["init_args"]:  # the controls of large networks take long, and are the same
             run += ["--controls", "{reinit: 1}" if path.stem.endswith("_small") else "{}"]
             content["controls"] = {"reinit": 1} if path.stem.endswith("_small") else {}

@@ -13,7 +13,7 @@ from lottery_lightning.cli import main
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 TINY = [
-    *("--levels", "1", "--controls", "{}", "--training.max_steps", "4", "--training.val_every", "2"),
+    *("--levels", "1", "--controls", "{}", "--training.max_steps", "4", "--training.val_every", "2it"),
     *("--data", "Digits", "--model.init_args.network.init_args.widths", "[64, 20, 10]", "--training.logger", "none"),
 ]
 

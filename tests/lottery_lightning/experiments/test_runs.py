@@ -8,7 +8,7 @@ from lottery_lightning.experiments.runs import Run, Runner, stable_seed
 from lottery_lightning.networks import Dense
 from lottery_lightning.tasks import ImageClassifier
 
-SHORT = Training(max_steps=20, val_every=10, threads=1)
+SHORT = Training(max_steps=20, val_every="10it", threads=1)
 
 
 def dense():
@@ -66,7 +66,7 @@ def test_a_model_that_logs_no_test_accuracy_is_told_so(tmp_path):
 
 
 def test_several_processes_a_run_are_refused_in_favour_of_several_commands(tmp_path):
-    training = Training(max_steps=20, val_every=10, trainer={"accelerator": "cpu", "devices": 2})
+    training = Training(max_steps=20, val_every="10it", trainer={"accelerator": "cpu", "devices": 2})
     with pytest.raises(ValueError, match="start the command once per device"):
         do(tmp_path, training=training)
 

@@ -1,0 +1,58 @@
+"""Validation at exact optimizer steps."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as L
+
+from lottery_callbacks.fit_steps import last_step, steps_per_epoch
+from lottery_callbacks.functional.steps import Step
+
+
+class ValidateEvery(L.Callback):
+    """Validates after every so many optimizer steps of the whole fit, and after its last step.
+
+    `Trainer.val_check_interval` counts batches, which are no optimizer steps under accumulation or with several steps a
+    visit; this sets it aside (through `trainer.val_check_batch`, for each batch anew) and counts `trainer.global_step`.
+    `check_val_every_n_epoch` must be 1, the default, or None.
+
+    Args:
+        every: distance of validations, "100it" or "1ep".
+
+    Raises:
+        ValueError: `every` is 0 or no step string, or counts epochs of unknown length; the Trainer skips epochs.
+    """
+
+    def __init__(self, every: str = "1ep") -> None:
+        self.every = Step.parse(every)
+        if not self.every.count:
+            raise ValueError(f"every={every}: give one step or epoch at least")
+        self._steps, self._last = 0, 0.0
+
+    def visit_ends(self, per_epoch: int, last: float) -> Iterable[int]:
+        """Its own steps; see `fit_steps`."""
+        distance = self.every.in_iterations(per_epoch)
+        return range(distance, int(last) + 1, distance)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.check_val_every_n_epoch not in (None, 1):
+            raise ValueError(
+                f"check_val_every_n_epoch={trainer.check_val_every_n_epoch} and ValidateEvery both say when to "
+                "validate: leave the former out"
+            )
+        per_epoch = steps_per_epoch(trainer)
+        self._steps, self._last = self.every.in_iterations(per_epoch), last_step(trainer, per_epoch)
+        if not self._steps:
+            raise ValueError(f"every={self.every} needs a loader with a length: give iterations, as in '500it'")
+        self._decide(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._decide(trainer)
+
+    def _decide(self, trainer: L.Trainer) -> None:
+        step = trainer.global_step
+        due = step > 0 and (step % self._steps == 0 or step == self._last)
+        trainer.val_check_batch = 1 if due else sys.maxsize
