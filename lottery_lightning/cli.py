@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -41,8 +40,6 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can mend is one line on stderr and code 1."""
-    if not torch.cuda.is_available():  # Lightning sets it; each optimizer step of torch then looks for a GPU, 40 us
-        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--config", str(QUICKSTART)]
     arguments = [word for given in arguments for word in _apart(given)]
     if arguments[0] in ("-h", "--help"):

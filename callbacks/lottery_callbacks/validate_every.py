@@ -28,7 +28,7 @@ class ValidateEvery(L.Callback):
         self.every = Step.parse(every)
         if not self.every.count:
             raise ValueError(f"every={every}: give one step or epoch at least")
-        self._steps, self._last = 0, 0.0
+        self._steps, self._last, self._step = 0, 0.0, -1
 
     def visit_ends(self, per_epoch: int, last: float) -> Iterable[int]:
         """Its own steps; see `fit_steps`."""
@@ -45,7 +45,8 @@ class ValidateEvery(L.Callback):
         self._steps, self._last = self.every.in_iterations(per_epoch), last_step(trainer, per_epoch)
         if not self._steps:
             raise ValueError(f"every={self.every} needs a loader with a length: give iterations, as in '500it'")
-        self._decide(trainer)
+        self._step = -1
+        self._decide(trainer)  # a resumed fit looks at once
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,5 +55,7 @@ class ValidateEvery(L.Callback):
 
     def _decide(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
-        due = step > 0 and (step % self._steps == 0 or step == self._last)
+        new = step > max(0, self._step)  # accumulation leaves it as it was
+        due = new and (step % self._steps == 0 or step == self._last)
+        self._step = step
         trainer.val_check_batch = 1 if due else sys.maxsize

@@ -12,7 +12,7 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.scores import Evidence
 from lottery_callbacks.iterative_magnitude_pruning import Level, Retrain
 from lottery_lightning.experiments.lottery_report import report
-from lottery_lightning.experiments.runs import Run, Runner, Training, stable_seed
+from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection, stable_seed
 from lottery_lightning.experiments.store import working_on
 from lottery_lightning.progress import ExperimentProgress
 
@@ -93,7 +93,8 @@ class Lottery:
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        with ExperimentProgress(self.trials * len(self.plan(0)), self.training.max_steps) as progress:
+        runs = self.trials * len(self.plan(0))
+        with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
             progress.console.print(self._pruning_of(0).plan(self.model), soft_wrap=True)
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
             for trial in range(self.trials):

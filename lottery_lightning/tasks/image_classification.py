@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lottery_lightning.tasks.visiting import VisitingModule
@@ -39,8 +40,9 @@ class ImageClassifier(VisitingModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.scheduler_interval = scheduler_interval
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        # NaN stays NaN; the default leaves such batches out, and "disable" forgets the weights of all.
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy=torch.nan) for _ in range(2))
+        self.val_acc, self.test_acc = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -50,10 +52,16 @@ class ImageClassifier(VisitingModule):
         return F.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", self.val_acc, batch)
+        self._evaluate(batch, self.val_loss, self.val_acc)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val", self.val_loss, self.val_acc)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", self.test_acc, batch)
+        self._evaluate(batch, self.test_loss, self.test_acc)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_means("test", self.test_loss, self.test_acc)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).argmax(1)
@@ -67,10 +75,13 @@ class ImageClassifier(VisitingModule):
             schedule["interval"] = self.scheduler_interval
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _evaluate(self, split: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
         accuracy.update(logits, labels)
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{split}/loss", loss, batch_size=len(labels), on_epoch=True, sync_dist=True)
-        self.log(f"{split}/acc", accuracy, batch_size=len(labels), on_epoch=True)
+        loss.update(F.cross_entropy(logits, labels), len(labels))
+
+    def _log_means(self, split: str, loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
+        """Once an epoch: an entry for each batch would cost a tenth of a small network's evaluation."""
+        if loss.update_called:  # a subclass may evaluate and log in its own way
+            self.log_dict({f"{split}/loss": loss, f"{split}/acc": accuracy})

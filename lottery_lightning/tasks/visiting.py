@@ -1,6 +1,7 @@
 """Training with several optimizer steps a visit: the loop, and when it is not possible."""
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +56,8 @@ class VisitingModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if not torch.cuda.is_available():  # set by Lightning; each optimizer step would look for a GPU, 0.1 ms
+                os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
             self._visiting = self._begin_visits()
             self.automatic_optimization = not self._visiting
 

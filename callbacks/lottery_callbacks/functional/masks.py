@@ -73,18 +73,18 @@ def keep_highest(
     for names, keep in budget.items():
         flat_mask = torch.cat([masks[name].reshape(-1) for name in names])
         flat_score = torch.cat([_floating(scores[name].detach()).reshape(-1) for name in names])
-        if not torch.isfinite(flat_score[flat_mask]).all():
+        values = flat_score[flat_mask]
+        if not torch.isfinite(values).all():
             bad = [name for name in names if not torch.isfinite(scores[name][masks[name]]).all()]
             raise ValueError(f"scores of {', '.join(bad)} are not finite: did the training diverge?")
-        alive = int(flat_mask.sum())
+        alive = len(values)
         if not min(1, alive) <= keep <= alive:
             raise ValueError(f"cannot keep {keep} of the {alive} surviving weights of {', '.join(names)}")
-        values = flat_score.masked_fill(~flat_mask, -torch.inf)
-        flat_new = torch.ones_like(flat_mask)
-        if remove := values.numel() - keep:
+        flat_new = flat_mask
+        if remove := alive - keep:
             highest_removed = values.kthvalue(remove).values
-            flat_new = values > highest_removed
-            ties = (values == highest_removed).nonzero().flatten()  # the lowest indices go first
+            flat_new = flat_mask & (flat_score > highest_removed)
+            ties = (flat_mask & (flat_score == highest_removed)).nonzero().flatten()  # the lowest indices go first
             flat_new[ties[len(ties) - (keep - int(flat_new.sum())) :]] = True
         assert int(flat_new.sum()) == keep, names
         sizes = [masks[name].numel() for name in names]

@@ -25,9 +25,9 @@ def evaluated(model, split):
 
 @pytest.fixture
 def fit(make_trainer):
-    def run(model, max_steps=20, **options):
+    def run(model, max_steps=20, data=Digits, **options):
         trainer = make_trainer(max_steps=max_steps, val_check_interval=10, **options)
-        trainer.fit(model, Digits(batch_size=60, eval_batch_size=90))
+        trainer.fit(model, data(batch_size=60, eval_batch_size=90))
         return trainer
 
     return run
@@ -45,6 +45,19 @@ def test_validation_and_test_are_means_over_all_examples_whatever_the_batches(fi
     loss, accuracy = evaluated(model, "test")
     assert tested == [{"test/loss": pytest.approx(loss, rel=1e-5), "test/acc": pytest.approx(accuracy, abs=1e-6)}]
     assert evaluated(classifier(), "test")[0] > loss
+
+
+def test_a_loss_that_is_no_number_is_not_left_out_of_the_mean(fit):
+    """Of three validation batches the first has a NaN."""
+
+    class Torn(Digits):
+        def setup(self, stage):
+            super().setup(stage)
+            self.splits["val"][0][0] = torch.nan
+
+    module = classifier()
+    logged = fit(module, data=Torn).callback_metrics
+    assert torch.isnan(logged["val/loss"])
 
 
 def test_predictions_are_the_highest_logits_of_the_test_set(make_trainer):
