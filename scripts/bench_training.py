@@ -12,6 +12,8 @@ Variants; each validates 5,000 images every 100 steps, and is compared with `bar
 - framework: a level of the lottery at 20 % density, as its config says, with all metrics, CSV logger, progress bar
   and checkpoints, from the start of its training to the end.
 - framework_single: the same with one step a visit.
+- framework_heard: the same as framework beside a callback that hears each backward pass and each step, so that
+  Lightning calls every hook of all callbacks and the weights are masked after each step.
 - framework_dense: its level 0, no weight pruned.
 - stock: torchvision's data set in a DataLoader without workers, self.log and torchmetrics at every step, Lightning's
   ModelPruning to 20 % density.
@@ -42,9 +44,10 @@ from statistics import linear_regression, mean, median
 from typing import Any
 from unittest.mock import patch
 
+import lightning.pytorch as L
 import torch
 from bench_loops import bare, graph, parts_of_a_step, stock
-from bench_measuring import NVML, Laps, give_back, hidden, interleaved, repeated, say, status
+from bench_measuring import NVML, Laps, Listener, give_back, hidden, interleaved, repeated, say, status
 
 from lottery_callbacks import IterativeMagnitudePruning
 from lottery_lightning.cli import build, quiet
@@ -162,6 +165,9 @@ class Bench:
     def framework_single(self) -> float:
         return self.per_step(self.level(1, self.single)["training"])
 
+    def framework_heard(self) -> float:
+        return self.per_step(self.level(1, self.experiment, Listener())["training"])
+
     def framework_dense(self) -> float:
         return self.per_step(self.level(0, self.experiment)["training"])
 
@@ -179,10 +185,10 @@ class Bench:
     def fresh_model(self) -> Any:
         return Runner(self.experiment.model, self.experiment.data, self.experiment.training, "bench").fresh_model(0)
 
-    def level(self, number: int, experiment: Lottery) -> dict[str, float]:
+    def level(self, number: int, experiment: Lottery, *callbacks: L.Callback) -> dict[str, float]:
         """Train a level as the lottery does; its seconds by part."""
         self.imp.select(number)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, running(experiment) as (runner, laps):
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, running(experiment, *callbacks) as (runner, laps):
             runner.do(Run(Path(folder), 0, number, "ticket"), 0, self.imp)
             laps.end("records")
         return dict(laps.seconds)
@@ -191,7 +197,7 @@ class Bench:
 
     def steps(self) -> Figures:
         """Each variant's time a step, its ratio to the bare one, and its peak memory."""
-        names = ["bare", "framework", "framework_single", "framework_dense", "stock"]
+        names = ["bare", "framework", "framework_single", "framework_heard", "framework_dense", "stock"]
         names += ["graph"] if self.device.type == "cuda" else []
         us, peaks = interleaved(self.name, {n: getattr(self, n) for n in names}, self.args.rounds, self.device)
         found: Figures = {f"{name}_us": median(us[name]) for name in names}
@@ -202,6 +208,7 @@ class Bench:
             if name != "bare":
                 found |= {f"{name}_over_bare": median(ratios), f"{name}_over_bare_range": [min(ratios), max(ratios)]}
         found["masks_over_bare"] = median(quotients(differences(us["framework"], us["framework_dense"]), us["bare"]))
+        found["where.hooks_and_masks_if_heard_us"] = median(differences(us["framework_heard"], us["framework"]))
         found["where.loop_at_one_step_a_visit_us"] = median(differences(us["framework_single"], us["framework"]))
         if "graph" in us:
             found["framework_over_graph"] = median(quotients(us["framework"], us["graph"]))
@@ -247,11 +254,14 @@ class Bench:
 
 
 @contextmanager
-def running(experiment: Lottery) -> Iterator[tuple[Runner, Laps]]:
+def running(experiment: Lottery, *callbacks: L.Callback) -> Iterator[tuple[Runner, Laps]]:
     """What does runs of an experiment, with the progress bar of a lottery and a stopwatch that runs already."""
     with hidden(), quick_collection(), ExperimentProgress(1, experiment.training.max_steps) as progress:
         laps = Laps()
-        yield Runner(experiment.model, experiment.data, experiment.training, "bench", (progress, laps)), laps
+        yield (
+            Runner(experiment.model, experiment.data, experiment.training, "bench", (progress, laps, *callbacks)),
+            laps,
+        )
 
 
 def quotients(ones: Sequence[float], others: Sequence[float]) -> list[float]:

@@ -5,13 +5,16 @@ A callback takes part in visits by defining
     def visit_ends(self, per_epoch: int, last: float) -> Iterable[int] | None
 
 the optimizer steps up to `last` after which its `on_train_batch_start` and `on_train_batch_end` must see the run, where
-an epoch has `per_epoch` of them; None if it needs every step. A callback that overrides neither hook need not.
+an epoch has `per_epoch` of them; None if it needs every step. A callback that overrides neither hook need not. Hooks of
+each backward pass and step are called at each step in any case.
 """
 
 import math
 from typing import Any
 
 import lightning.pytorch as L
+
+from lottery_callbacks.functional.steps import Step
 
 
 def makes_visits(trainer: L.Trainer) -> bool:
@@ -35,6 +38,19 @@ def steps_per_epoch(trainer: L.Trainer) -> int:
     return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
+def iterations(step: Step, per_epoch: int) -> int:
+    """`step` in optimizer steps.
+
+    Raises:
+        ValueError: it counts epochs, and their length is unknown (0).
+    """
+    if step.unit == "ep" and not per_epoch:
+        raise ValueError(
+            f"{step} needs automatic optimization and a loader with a length: give iterations, as in '500it'"
+        )
+    return step.in_iterations(per_epoch)
+
+
 def last_step(trainer: L.Trainer, per_epoch: int) -> float:
     """The optimizer step that the Trainer's limits end the fit at, where an epoch has `per_epoch`; inf for none."""
     limits = (trainer.max_steps, per_epoch * (trainer.max_epochs or -1))
@@ -56,7 +72,6 @@ def in_steps(loops: dict[str, Any], loader: Any, step: int) -> dict[str, Any]:
         for counters, reached in ((progress["total"], step), (progress["current"], batch)):
             behind = reached - counters["ready"]
             counters.update({name: count + behind for name, count in counters.items()})
-    count_steps(loops, step)
     return loops
 
 

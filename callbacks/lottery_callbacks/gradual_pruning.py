@@ -5,11 +5,12 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from lottery_callbacks.fit_steps import iterations
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.schedules import budget_at, cubic, geometric, updates
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.pruning import Pruning, warn_of_collapse
-from lottery_callbacks.pruning_within_fit import PruningWithinFit, iterations, provenance
+from lottery_callbacks.pruning_within_fit import PruningWithinFit, provenance
 
 
 class GradualPruning(PruningWithinFit):

@@ -9,6 +9,7 @@ import torch.distributed
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_steps import makes_visits
@@ -121,8 +122,8 @@ class MaskedTraining(L.Callback):
             self._handles += [o.register_step_pre_hook(self._mask_gradients) for o in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization:
-            self._mask_gradients()
+        self._once_a_visit = False  # in a visit this is called only where others hear of each step, and may write
+        self._mask_gradients()
 
     def _mask_gradients(self, *_: Any) -> None:
         for parameter, bits in self._bits.items():
@@ -223,9 +224,12 @@ def set_level(trainer: L.Trainer, level: int) -> None:
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Whether its step leaves weights exactly 0 that are 0, with gradient and state 0: no mask is needed after it.
 
-    So are the element-wise optimizers of `torch.optim`, whatever their options, where no hook of others follows them.
+    So are the element-wise optimizers of `torch.optim` where no hook of others follows them and their `eps` is no 0
+    (0 / 0). A weight decay of AdamW beyond 1 / lr leaves -0.0, which is 0 for everything but a comparison of bits.
     """
-    return type(optimizer) in KEEP_ZEROS and len(optimizer._optimizer_step_post_hooks) <= 1
+    eps = min(group.get("eps", 1) for group in optimizer.param_groups)
+    hooks = len(optimizer._optimizer_step_post_hooks) <= 1 and not _global_optimizer_post_hooks
+    return type(optimizer) in KEEP_ZEROS and hooks and eps > 0
 
 
 def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

@@ -6,11 +6,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lottery_callbacks.fit_steps import iterations
 from lottery_callbacks.functional.nm import indivisible, keep_n_of_m
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.messages import describe
 from lottery_callbacks.pruning import Pruning
-from lottery_callbacks.pruning_within_fit import PruningWithinFit, iterations, provenance
+from lottery_callbacks.pruning_within_fit import PruningWithinFit, provenance
 
 
 class NMPruning(PruningWithinFit):

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lottery_callbacks.fit_steps import counts_steps, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
-from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import log_densities
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.pruning_callback import PruningCallback
@@ -125,19 +124,6 @@ class PruningWithinFit(PruningCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"done": self.done, "rule": self.rule}
-
-
-def iterations(step: Step, per_epoch: int) -> int:
-    """`step` in optimizer steps.
-
-    Raises:
-        ValueError: it counts epochs, and their length is unknown (0).
-    """
-    if step.unit == "ep" and not per_epoch:
-        raise ValueError(
-            f"{step} needs automatic optimization and a loader with a length: give iterations, as in '500it'"
-        )
-    return step.in_iterations(per_epoch)
 
 
 def provenance(pruning: Pruning) -> dict[str, Any]:

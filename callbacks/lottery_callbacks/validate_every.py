@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from lottery_callbacks.fit_steps import last_step, steps_per_epoch
+from lottery_callbacks.fit_steps import iterations, last_step, steps_per_epoch
 from lottery_callbacks.functional.steps import Step
 
 
@@ -15,13 +15,16 @@ class ValidateEvery(L.Callback):
 
     `Trainer.val_check_interval` counts batches, which are no optimizer steps under accumulation or with several steps a
     visit; this sets it aside (through `trainer.val_check_batch`, for each batch anew) and counts `trainer.global_step`.
-    `check_val_every_n_epoch` must be 1, the default, or None.
+    Lightning's EarlyStopping and ModelCheckpoint still take its default to mean the ends of epochs: give them
+    `check_on_train_epoch_end=False` and `save_on_train_epoch_end=False`. The last step is that of `max_steps`, or of
+    `max_epochs` where an epoch's length is known; of several steps in one batch the batch's end counts.
 
     Args:
         every: distance of validations, "100it" or "1ep".
 
     Raises:
-        ValueError: `every` is 0 or no step string, or counts epochs of unknown length; the Trainer skips epochs.
+        ValueError: `every` is 0 or no step string, or counts epochs of unknown length; the Trainer skips epochs, or
+            validates by the clock.
     """
 
     def __init__(self, every: str = "1ep") -> None:
@@ -38,13 +41,12 @@ class ValidateEvery(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.check_val_every_n_epoch not in (None, 1):
             raise ValueError(
-                f"check_val_every_n_epoch={trainer.check_val_every_n_epoch} and ValidateEvery both say when to "
-                "validate: leave the former out"
+                "check_val_every_n_epoch and ValidateEvery both say when to validate: leave it out"
             )
+        if getattr(trainer, "_val_check_time_interval", None) is not None:
+            raise ValueError("a time as val_check_interval and ValidateEvery both say when to validate: leave it out")
         per_epoch = steps_per_epoch(trainer)
-        self._steps, self._last = self.every.in_iterations(per_epoch), last_step(trainer, per_epoch)
-        if not self._steps:
-            raise ValueError(f"every={self.every} needs a loader with a length: give iterations, as in '500it'")
+        self._steps, self._last = iterations(self.every, per_epoch), last_step(trainer, per_epoch)
         self._step = -1
         self._decide(trainer)  # a resumed fit looks at once
 
@@ -54,8 +56,8 @@ class ValidateEvery(L.Callback):
         self._decide(trainer)
 
     def _decide(self, trainer: L.Trainer) -> None:
-        step = trainer.global_step
-        new = step > max(0, self._step)  # accumulation leaves it as it was
-        due = new and (step % self._steps == 0 or step == self._last)
+        step, before = trainer.global_step, self._step
+        passed = step % self._steps == 0 if before < 0 else step // self._steps > before // self._steps
+        due = step > max(0, before) and (passed or step >= self._last)  # accumulation leaves the step as it was
         self._step = step
         trainer.val_check_batch = 1 if due else sys.maxsize

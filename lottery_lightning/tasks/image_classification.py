@@ -54,6 +54,12 @@ class ImageClassifier(VisitingModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, self.val_loss, self.val_acc)
 
+    def on_validation_epoch_start(self) -> None:
+        self.val_loss.reset()  # a reset in inference mode leaves tensors that a fit cannot change
+
+    def on_test_epoch_start(self) -> None:
+        self.test_loss.reset()
+
     def on_validation_epoch_end(self) -> None:
         self._log_means("val", self.val_loss, self.val_acc)
 
@@ -70,9 +76,7 @@ class ImageClassifier(VisitingModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        schedule: dict[str, Any] = {"scheduler": self.make_scheduler(optimizer)}
-        if self.automatic_optimization:  # with visits it is stepped by hand
-            schedule["interval"] = self.scheduler_interval
+        schedule = {"scheduler": self.make_scheduler(optimizer), "interval": self.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:

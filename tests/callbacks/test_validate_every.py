@@ -63,8 +63,9 @@ def test_a_resumed_fit_validates_at_the_same_steps(validated, make_module, make_
 @pytest.mark.parametrize(
     ("every", "options", "said"),
     [
-        ("3it", {"check_val_every_n_epoch": 2}, "check_val_every_n_epoch=2 and ValidateEvery both say when"),
-        ("1ep", {"loaders": "no length"}, "every=1ep needs a loader with a length"),
+        ("3it", {"check_val_every_n_epoch": 2}, "check_val_every_n_epoch and ValidateEvery both say"),
+        ("3it", {"val_check_interval": "00:00:00:05", "check_val_every_n_epoch": None}, "a time as val_check_interval"),
+        ("1ep", {"loaders": "no length"}, "1ep needs automatic optimization and a loader with a length"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(validated, loaders, every, options, said):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-VARIANTS = ["bare", "framework", "framework_single", "framework_dense", "stock"]
+VARIANTS = ["bare", "framework", "framework_single", "framework_heard", "framework_dense", "stock"]
 
 
 @pytest.fixture

@@ -3,9 +3,17 @@
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from visiting_fits import EPOCH, Blobs, Noisy, Watch, bits, half, momentum, task
 
 from lottery_callbacks import (
     ApplyTicket,
@@ -13,98 +21,13 @@ from lottery_callbacks import (
     IterativeMagnitudePruning,
     Pruning,
     ResumeCheckpoint,
-    RewindPoint,
     SparsityMonitor,
     Ticket,
     ValidateEvery,
     ValidationCurve,
     newest_checkpoint,
 )
-from lottery_callbacks.rewinding import snapshot
-from lottery_lightning.data import TensorDataModule
 from lottery_lightning.tasks import ImageClassifier, WarmupMultiStepLR
-
-EPOCH = 9  # batches: 70 examples by 8, the last of 6
-
-
-class Blobs(TensorDataModule):
-    def load(self):
-        generator = torch.Generator().manual_seed(3)
-        return {name: self.draw(size, generator) for name, size in (("train", 70), ("val", 20), ("test", 20))}
-
-    def draw(self, size, generator):
-        images = torch.randn(size, 6, generator=generator)
-        return images, (images[:, :3] + 0.3 * torch.randn(size, 3, generator=generator)).argmax(1)
-
-
-class Noisy(Blobs):
-    """Augmented by draws of each batch."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.augmentation = lambda images, generator: images + 0.1 * torch.randn(images.shape, generator=generator)
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.01, fused=True)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def task(steps_per_visit, cls=ImageClassifier, **arguments):
-    torch.manual_seed(5)
-    network = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.25), nn.Linear(12, 3))
-    return cls(network, **{"optimizer": adam, "num_classes": 3, "steps_per_visit": steps_per_visit} | arguments)
-
-
-class Watch(L.Callback):
-    """The optimizer step after each visit."""
-
-    def __init__(self):
-        self.steps = []
-
-    def visit_ends(self, per_epoch, last):
-        return ()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append(trainer.global_step)
-
-
-@pytest.fixture
-def fit(tmp_path):
-    def run(module, *callbacks, data=Blobs, checkpoint=None, seed=11, **options):
-        watch = Watch()
-        defaults = {
-            "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "num_sanity_val_steps": 0, "max_steps": 40, "max_epochs": -1,
-            "default_root_dir": tmp_path, "callbacks": [*callbacks, watch],
-        }  # fmt: skip
-        trainer = L.Trainer(**defaults | options)
-        L.seed_everything(seed, verbose=False)
-        trainer.fit(module, data(batch_size=8, eval_batch_size=20), ckpt_path=checkpoint)
-        return trainer, watch.steps
-
-    return run
-
-
-def bits(trainer):
-    """Weights, buffers and optimizer state."""
-    state = dict(trainer.lightning_module.state_dict())
-    for optimizer in trainer.optimizers:
-        for index, entries in optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-        state |= {"lr": torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)}
-    return {name: value.detach().reshape(-1).view(torch.uint8).tolist() for name, value in state.items()}
-
-
-def half(module):
-    """A ticket that keeps every other weight."""
-    weights = Pruning().prunable(module)
-    masks = {name: (torch.arange(weight.numel()) % 2 == 0).view_as(weight) for name, weight in weights.items()}
-    return Ticket(masks, RewindPoint(0, snapshot(module)), {"level": 1})
-
 
 CASES = {
     "adam": {},
@@ -178,7 +101,7 @@ def test_the_lottery_finds_the_same_tickets_and_weights(fit, tmp_path, rewind):
             trainer, _ = fit(task(most, scheduler=schedule), imp, ValidateEvery("8it"), seed=level.number)
             weights.append(bits(trainer))
             assert trainer.global_step == 40
-            assert trainer.lightning_module.automatic_optimization is (most == 1)
+            assert trainer.made_visits is (most > 1)
         tickets = [Ticket.load(imp.ticket_path(number)) for number in range(4)]
         found[most] = weights, [ticket.masks for ticket in tickets], tickets
     assert found[1][0] == found[6][0]
@@ -270,6 +193,27 @@ class Moved(Blobs):
         return batch
 
 
+class OwnLoader(Blobs):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.splits["train"]), batch_size=8)
+
+
+class Counting(L.Callback):
+    def setup(self, trainer, pl_module, stage):
+        self.steps = trainer.estimated_stepping_batches
+
+
+class Plateau(ImageClassifier):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": "train/loss", "strict": False},
+        }
+
+
+EPOCHS = {"max_steps": -1, "max_epochs": 2}
 WHY = {
     "callback": ({"callbacks": [Nosy()]}, {}, "Nosy must see every batch"),
     "a hook over Lightning's": ({"callbacks": [MyTimer("00:01:00:00")]}, {}, "MyTimer must see every batch"),
@@ -287,7 +231,14 @@ WHY = {
     "scheduled accumulation": ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, {}, "gradients are accumulated"),
     "clipping": ({"gradient_clip_val": 1.0}, {}, "gradient_clip_val"),
     "bf16": ({"precision": "bf16-true"}, {}, "HalfPrecision converts every batch"),
+    "limit of one batch": ({"limit_train_batches": 1}, {}, "limit_train_batches"),
     "limit": ({"limit_train_batches": 3}, {}, "limit_train_batches"),
+    "swa": (EPOCHS | {"callbacks": [StochasticWeightAveraging(0.01, 1)]}, {}, "StochasticWeightAveraging changes the"),
+    "lambda": ({"callbacks": [LambdaCallback(on_train_batch_end=print)]}, {}, "LambdaCallback must see every batch"),
+    "closure": ({}, {"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure"),
+    "counted before": (EPOCHS | {"callbacks": [Counting()]}, {}, "the training batches were counted before the fit"),
+    "own loader": ({"data": OwnLoader}, {}, "OwnLoader has its own train_dataloader"),
+    "plateau": ({}, {"cls": Plateau}, "a schedule follows a metric"),
     "no end": ({"max_steps": -1, "max_time": {"seconds": 1}}, {}, "the fit has no last step"),
 }
 
@@ -313,15 +264,15 @@ def test_data_of_others_come_one_batch_a_visit(make_trainer, loaders):
 def test_a_module_of_others_gets_batches_after_a_fit_with_visits(fit, make_trainer, make_module):
     data = Blobs(batch_size=8)
     trainer, _ = fit(task(4), data=lambda **_: data)
-    assert not trainer.lightning_module.automatic_optimization
+    assert trainer.made_visits
     other = make_trainer()
     other.fit(make_module(), data)
     assert other.global_step == 8
 
 
-def test_lightnings_own_progress_bar_and_checkpoints_do_not_stand_in_the_way(fit, tmp_path, capsys):
+def test_lightnings_own_progress_bar_and_checkpoints_do_not_stand_in_the_way(fit, tmp_path):
     trainer, steps = fit(task(4), enable_progress_bar=True, enable_checkpointing=True, logger=CSVLogger(tmp_path))
-    assert not trainer.lightning_module.automatic_optimization
+    assert trainer.made_visits
     assert len(steps) < 20
 
 
