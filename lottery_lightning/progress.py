@@ -24,6 +24,7 @@ class ExperimentProgress(L.Callback):
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            refresh_per_second=2,  # each drawing holds up the training for some milliseconds
         )
         self._task = self._bar.add_task("", total=runs * steps_per_run)
         self._before = self._shown = 0

@@ -109,8 +109,7 @@ class ShuffledTensorLoader(TensorLoader):
             yield from self._batches(order[self.sampler.batch :])
             return
         for end in self.visits.of_epoch(self._first_step)[self.visits_done :]:
-            batches = order[self.sampler.batch : end]
-            yield Visit(self._batches(batches), len(batches))
+            yield Visit(self._batches(order[self.sampler.batch : end]))
 
     @property
     def visits_done(self) -> int:

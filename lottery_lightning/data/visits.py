@@ -42,18 +42,10 @@ class Visits:
 
 
 class Visit:
-    """The batches of consecutive optimizer steps, made one by one as they are asked for.
+    """The batches of consecutive optimizer steps, once; `batches` makes each as it is asked for."""
 
-    Args:
-        batches: makes them.
-        steps: how many.
-    """
-
-    def __init__(self, batches: Iterator[Any], steps: int) -> None:
-        self._batches, self._steps = batches, steps
-
-    def __len__(self) -> int:
-        return self._steps
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
         return self._batches
