@@ -40,9 +40,7 @@ class ValidateEvery(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.check_val_every_n_epoch not in (None, 1):
-            raise ValueError(
-                "check_val_every_n_epoch and ValidateEvery both say when to validate: leave it out"
-            )
+            raise ValueError("check_val_every_n_epoch and ValidateEvery both say when to validate: leave it out")
         if getattr(trainer, "_val_check_time_interval", None) is not None:
             raise ValueError("a time as val_check_interval and ValidateEvery both say when to validate: leave it out")
         per_epoch = steps_per_epoch(trainer)
