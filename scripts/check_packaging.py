@@ -8,7 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"lottery_lightning", "lottery_callbacks"}
-BLOCKED = ("wandb", "torchvision", "scipy", "matplotlib", "curvlinops", "onnx", "onnxscript", "lottery_lightning")
+BLOCKED = (
+    "wandb",
+    "torchvision",
+    "scipy",
+    "matplotlib",
+    "curvlinops",
+    "onnx",
+    "onnxscript",
+    "numba",
+    "lottery_lightning",
+)
 IMPORT_ALONE = f"""
 import importlib, pkgutil, sys
 import lightning.pytorch  # what it imports itself is its own affair
