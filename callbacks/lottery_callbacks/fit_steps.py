@@ -6,7 +6,7 @@ A callback takes part in visits by defining
 
 the optimizer steps up to `last` after which its `on_train_batch_start` and `on_train_batch_end` must see the run, where
 an epoch has `per_epoch` of them; None if it needs every step. A callback that overrides neither hook need not. Hooks of
-each backward pass and step are called at each step in any case.
+each backward pass and step are called at each step in any case; one with `on_before_zero_grad` gets one step a visit.
 """
 
 import math

@@ -122,7 +122,7 @@ class VisitingModule(L.LightningModule):
         return loss
 
     def _step(self, loss: Tensor, optimizer: Any) -> None:
-        """Backward pass and step; past the hooks of all callbacks where none has one: they cost LeNet 6 % a step."""
+        """Backward pass and step; past the hooks of all callbacks where none has one (results/training_speed.md)."""
         if self._heard:
             self.manual_backward(loss)
             optimizer.step()
