@@ -21,8 +21,21 @@ settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _seed()  # what a module draws while it is collected
     for message in ("does not have many workers", "exists and is not empty", "litlogger", "GPU available", "LeafSpec"):
         config.addinivalue_line("filterwarnings", f"ignore:.*{message}")
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the global state is what is seeded)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that draws without a seed of its own draws the same alone, in another order and on another day."""
+    _seed()
 
 
 @pytest.fixture(scope="session", autouse=True)

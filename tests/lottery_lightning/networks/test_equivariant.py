@@ -177,11 +177,9 @@ def test_logits_are_invariant_and_every_layer_is_equivariant_under_any_mask(dtyp
             assert (turned - act(maps, g)).norm() <= TOLERANCE[dtype] * maps.norm()
 
 
-@pytest.mark.parametrize(
-    "network", [GroupCNN(), GroupCNN("D4", (4, 4, 4, 4), (5, 3, 3, 3), (1, 2))], ids=["default", "narrow"]
-)
-def test_networks_of_the_configs_are_invariant_in_training_and_evaluation(network):
-    images = torch.randn(4, 1, 28, 28)
+@pytest.mark.parametrize("arguments", [(), ("D4", (4, 4, 4, 4), (5, 3, 3, 3), (1, 2))], ids=["default", "narrow"])
+def test_networks_of_the_configs_are_invariant_in_training_and_evaluation(arguments):
+    network, images = GroupCNN(*arguments), torch.randn(4, 1, 28, 28)
     elements = range(order("D4" if len(network.features[0].index) == 8 else "C4"))
     mask_at_random(network, 0.3)
     for training in (True, False):
