@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of images (batch, 3, height, width)."""
-        values = self.norm(self.conv(images)).relu()
+        values = self.norm(self.conv(images.contiguous(memory_format=torch.channels_last))).relu()
         return self.output(self.blocks(values).mean((2, 3)))
 
 
