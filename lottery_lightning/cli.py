@@ -2,6 +2,8 @@
 
 commands:
   lottery                      winning tickets by iterative magnitude pruning, and their controls
+  subset-sum                   how often random samples have a subset near a target, beside the theorems' sizes
+  subset-sum-network           a trained network whose weights are sums of random samples
   fit, validate, test, predict one run under LightningCLI
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
@@ -29,11 +31,11 @@ import lottery_callbacks  # noqa: F401
 import lottery_lightning.networks  # noqa: F401
 from lottery_lightning import __version__
 from lottery_lightning.data import TensorDataModule  # noqa: F401
-from lottery_lightning.experiments import Lottery
+from lottery_lightning.experiments import Lottery, SubsetSum, SubsetSumNetwork
 from lottery_lightning.experiments.store import claim
 from lottery_lightning.tasks import ImageClassifier  # noqa: F401
 
-EXPERIMENTS = {"lottery": Lottery}
+EXPERIMENTS = {"lottery": Lottery, "subset-sum": SubsetSum, "subset-sum-network": SubsetSumNetwork}
 LIGHTNING = ("fit", "validate", "test", "predict")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

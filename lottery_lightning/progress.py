@@ -10,17 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class ExperimentProgress(L.Callback):
     """A rich bar with the present run and the time left; on no terminal, the lines alone.
 
-    Use as a context; `start` names each run, `finish` prints its line. One update every `every` steps.
+    Use as a context; `start` names each run, `finish` prints its line. One update every `every` steps of a fit; what is
+    no fit calls `tell`. `unit` is what a step is called.
     """
 
-    def __init__(self, runs: int, steps_per_run: int, every: int = 25) -> None:
+    def __init__(self, runs: int, steps_per_run: int, every: int = 25, unit: str = "steps") -> None:
         self.console = Console(highlight=False)
         self.steps_per_run, self.every = steps_per_run, every
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("steps, left"),
+            TextColumn(f"{unit}, left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -47,6 +48,10 @@ class ExperimentProgress(L.Callback):
         self._bar.update(self._task, completed=self._before)
         if line:
             self.console.print(line, soft_wrap=True)
+
+    def tell(self, done: int, total: int) -> None:
+        """So much of the present run is done."""
+        self._bar.update(self._task, completed=self._before + self.steps_per_run * done // max(total, 1))
 
     def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
         """The bar may advance by visits."""

@@ -1,7 +1,5 @@
 """What the lottery experiment found: rows, table, finding, CSV, figure and one line of JSON."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from lottery_callbacks import Ticket
 from lottery_callbacks.functional.early_stop import first_iteration_reaching
 from lottery_callbacks.ticket import write_atomically
 from lottery_lightning.experiments.runs import MEASURED, Training
-from lottery_lightning.experiments.store import write_json
+from lottery_lightning.experiments.store import write_csv, write_json
 from lottery_lightning.figures import lottery_figure, mask_figure
 from lottery_lightning.loggers import close, log_image, log_level, log_table, make_logger
 
@@ -42,11 +40,7 @@ def report(
         config: what loggers record of the experiment.
     """
     rows = with_reach(records)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(run_dir / "results.csv", text.getvalue().encode())
+    write_csv(run_dir / "results.csv", rows, COLUMNS)
     figures = {"lottery": lottery_figure(rows, training.max_steps)}
     if any(_tickets(run_dir, rows)):
         figures["masks"] = mask_figure(_tickets(run_dir, rows))

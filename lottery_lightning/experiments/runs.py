@@ -173,6 +173,16 @@ class Runner:
         gc.collect()  # trainers and models hold each other: they go only when cycles are collected
         return record
 
+    def test(self, run: Run, model: L.LightningModule, found: Mapping[str, float]) -> float:
+        """The test accuracy of the model's present weights; loggers get it with what else was found of them."""
+        trainer = self._trainer(run, list(self.callbacks))
+        accuracy = self._test(trainer, model)
+        if trainer.logger:
+            trainer.logger.log_hyperparams(self.config | {"trial": run.trial, "arm": run.arm})
+            trainer.logger.log_metrics(dict(found))
+        close(trainer.logger)
+        return accuracy
+
     def _trainer(self, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
         group = f"{self.name}-trial_{run.trial}"
         options: dict[str, Any] = {

@@ -1,8 +1,10 @@
 """What an experiment keeps in its `run_dir`: whose folder it is, who works in it, which runs are done."""
 
+import csv
 import fcntl
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
         ValueError: the folder belongs to another experiment; one line names the first key that differs.
     """
     path = run_dir / "config.yaml"
-    if not any(run_dir.glob("*/tickets/*.safetensors")):  # nothing is done yet that another config could spoil
+    done = (run_dir.glob(pattern) for pattern in ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json"))
+    if not any(map(any, done)):  # nothing yet that another config could spoil
         write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return
     old, new = _flat(yaml.safe_load(path.read_text()) or {}), _flat(yaml.safe_load(yaml.safe_dump(dict(config))))
@@ -61,3 +64,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value, or None where there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """A table of these columns, by default those of the first row, whole or not at all."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns or list(rows[0]), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())

@@ -11,6 +11,12 @@ from lottery_lightning.cli import EXPERIMENTS, LIGHTNING, main
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")  # W&B's own form
 
+WIDTHS = "--model.init_args.network.init_args.widths"
+SMALL = {  # what makes an experiment short
+    "subset-sum": ["--trials", "3", "--sizes", "[2, 3]", "--largest", "6", "--largest_any", "4"],
+    "subset-sum-network": ["--trials", "1", "--training.max_steps", "2", "--n", "8", WIDTHS, "[784, 8, 10]"],
+}
+
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
@@ -44,7 +50,7 @@ def test_every_config_names_its_command():
 def test_config_runs(path, tmp_path, files):
     (command,), (content,) = zip(*yaml.safe_load(path.read_text()).items(), strict=True)
     run = ["--config", str(path)]
-    if "data_dir" in content["data"]["init_args"]:
+    if "data_dir" in content.get("data", {}).get("init_args", {}):
         small = {"data_dir": files, "val_size": 20, "batch_size": 4}
         run += [word for key, value in small.items() for word in (f"--data.init_args.{key}", str(value))]
     if command == "lottery":
@@ -55,9 +61,13 @@ def test_config_runs(path, tmp_path, files):
             run += ["--controls", "{reinit: 1}" if path.stem.endswith("_small") else "{}"]
             content["controls"] = {"reinit": 1} if path.stem.endswith("_small") else {}
         expected = 2 + sum(content["controls"].values())
+    elif command in EXPERIMENTS:
+        run += ["--run_dir", str(tmp_path / "run"), *SMALL[command]]
     else:
         run = [command, *run, "--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path)]
     assert main(run) == 0
     if command == "lottery":
         assert len(list((tmp_path / "run").rglob("result.json"))) == expected
         assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 1 + expected
+    elif command in EXPERIMENTS:
+        assert (tmp_path / "run" / "results.json").exists()

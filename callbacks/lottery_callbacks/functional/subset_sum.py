@@ -15,22 +15,17 @@ a; on every device, with and without the kernel. The split depends on n, the siz
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.util import find_spec
-from math import comb
 
 import torch
 from torch import Tensor
 
+from lottery_callbacks.functional import subset_sum_search as meet
+
 Progress = Callable[[int, int], None]
 Report = Callable[[float], None]
-LARGEST = 40  # samples in a set: 2^20 sums in each part
-GRID = 54  # bits of a sum
-ELEMENT = 1 << 57  # added to each sample to count elements above the sums: 40 fit, and sums never differ by half of it
 BYTES = 64  # of work space for an addition, in torch
-SMALL = (
-    1 << 15
-)  # numbers; torch keeps an operation on fewer in the calling thread, so that the kernel's run side by side
+SMALL = 1 << 15  # numbers; torch does an operation on fewer in the thread that asks, so the kernel's threads keep apart
 
 
 @dataclass(frozen=True)
@@ -161,8 +156,8 @@ def cost(
     for size in sizes:
         bytes += targets.numel() * (samples.shape[-1] + 17)
         for n, sets in zip(*(t.tolist() for t in batch.valid.sum(1).unique(return_counts=True)), strict=True):
-            first = _split(n, each, size)
-            additions += sets * (_listed(first, size) + each * _listed(n - first, size))
+            first = meet.split(n, each, size)
+            additions += sets * (meet.listed(first, size) + each * meet.listed(n - first, size))
     return Cost(additions, bytes)
 
 
@@ -187,8 +182,8 @@ class _Batch:
                 f"targets {[*targets.shape]}, samples {[*samples.shape]} and valid {[*valid.shape]} do not fit:"
                 " give (T,) with (n,) or (T, n), or (S, T) with (S, n), and valid in the shape of samples"
             )
-        if not 1 <= samples.shape[-1] <= LARGEST:
-            raise ValueError(f"a set has 1 to {LARGEST} samples, not {samples.shape[-1]}")
+        if not 1 <= samples.shape[-1] <= meet.LARGEST:
+            raise ValueError(f"a set has 1 to {meet.LARGEST} samples, not {samples.shape[-1]}")
         as_sets, numbers = as_sets.detach().double(), numbers.detach().double().masked_fill(~valid_sets, 0.0)
         if not (as_sets.isfinite().all() and numbers.abs().sum(1).isfinite().all()):
             raise ValueError("targets and samples must be finite: did the training diverge?")
@@ -248,8 +243,8 @@ def _jobs(batch: _Batch, size: int | None) -> Iterator[tuple[Tensor, slice, int]
     counts, each = batch.valid.sum(1), batch.targets.shape[1]
     for n in counts.unique().tolist():
         if each and n >= (size or 0):
-            first = _split(n, each, size)
-            a, b, most = _listed(first, size), max(n, _listed(n - first, size)), batch.memory // BYTES
+            first = meet.split(n, each, size)
+            a, b, most = meet.listed(first, size), max(n, meet.listed(n - first, size)), batch.memory // BYTES
             width = min(each, max(1, (most - a) // b))
             height = min(most // (a + width * b), SMALL // max(n, width) if batch.kernel else most)
             for rows in (counts == n).nonzero().flatten().split(max(1, height)):
@@ -260,78 +255,15 @@ def _jobs(batch: _Batch, size: int | None) -> Iterator[tuple[Tensor, slice, int]
 def _choose(batch: _Batch, size: int | None, rows: Tensor, columns: slice, n: int) -> Tensor:
     """Which samples of these sets are chosen for these targets, boolean (sets, targets, samples)."""
     places = batch.valid[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]  # the valid ones
-    targets, samples = _on_grid(batch.targets[rows, columns], batch.samples[rows].gather(1, places), size)
+    targets, samples = meet.on_grid(batch.targets[rows, columns], batch.samples[rows].gather(1, places), size)
     if batch.kernel:
         from lottery_callbacks.functional.subset_sum_kernels import search
     else:
-        search = _search
-    bits = search(targets, samples, _split(n, batch.targets.shape[1], size), size)
+        search = meet.search
+    bits = search(targets, samples, meet.split(n, batch.targets.shape[1], size), size)
     picked = (bits.unsqueeze(-1) >> torch.arange(n, device=bits.device)) & 1 > 0
     chosen = picked.new_zeros(*bits.shape, batch.samples.shape[1])
     return chosen.scatter_(2, places.unsqueeze(1).expand_as(picked), picked)
-
-
-def _on_grid(targets: Tensor, samples: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
-    """Targets (S, T) and samples (S, n) as int64 in the set's unit; for a size, with ELEMENT added for each element.
-
-    A target beyond all sums is moved to the nearest of +-2^54, beyond them as well.
-    """
-    exponent = torch.frexp(samples.abs().sum(1, keepdim=True)).exponent.long()
-    per_unit = ((1023 + GRID - exponent).clamp(max=2046) << 52).view(torch.float64)  # 2^(54 - exponent), by its bits
-    targets = (targets * per_unit).clamp(-(2.0**GRID), 2.0**GRID).round().long()
-    samples = (samples * per_unit).round().long()
-    return (targets, samples) if size is None else (targets + size * ELEMENT, samples + ELEMENT)
-
-
-def _search(targets: Tensor, samples: Tensor, first: int, size: int | None) -> Tensor:
-    """The nearest subsets' bits (S, T), with the first `first` of the samples (S, n) in the ordered part."""
-    (a, a_bits), (b, b_bits) = _sums(samples[:, :first], size), _sums(samples[:, first:], size)
-    a, order = a.sort(dim=1, stable=True)
-    wanted = (targets.unsqueeze(2) - b.unsqueeze(1)).flatten(1)
-    above = torch.searchsorted(a, wanted)
-    below = a.gather(1, (above - 1).clamp_(min=0))
-    above = a.gather(1, above.clamp_(max=a.shape[1] - 1))
-    errors = torch.minimum((wanted - below).abs_(), (above - wanted).abs_()).view(*targets.shape, -1)
-    best = errors.argmin(2, keepdim=True)  # the first of equals
-    least, wanted, below, above = (t.view_as(errors).gather(2, best).squeeze(2) for t in (errors, wanted, below, above))
-    nearest = torch.where((wanted - below).abs_() == least, below, above)
-    chosen = order.gather(1, torch.searchsorted(a, nearest))
-    return a_bits[chosen] | (b_bits[best.squeeze(2)] << first)
-
-
-def _sums(samples: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
-    """The sums (S, m) of the listed subsets of the samples (S, h), and their bits."""
-    bits, extended = subsets_of(samples.shape[1], size)
-    sums = samples.new_zeros(len(samples), 1)
-    for i, places in enumerate(extended):
-        old = sums if len(places) == sums.shape[1] else sums[:, places.to(sums.device)]
-        sums = torch.cat([sums, old + samples[:, i : i + 1]], dim=1)
-    return sums, bits.to(samples.device)
-
-
-@lru_cache(maxsize=64)
-def subsets_of(n: int, size: int | None) -> tuple[Tensor, list[Tensor]]:
-    """The bits, ascending, of n samples' subsets, of `size` or fewer if given; and the places each sample extends."""
-    bits = counts = torch.zeros(1, dtype=torch.int64)
-    extended = []
-    for i in range(n):
-        places = (counts < (n if size is None else size)).nonzero().flatten()
-        extended.append(places)
-        bits = torch.cat([bits, bits[places] | 1 << i])
-        counts = torch.cat([counts, counts[places] + 1])
-    return bits, extended
-
-
-@lru_cache(maxsize=1024)
-def _split(n: int, targets: int, size: int | None) -> int:
-    """The number of samples in the ordered part that makes the fewest additions; 2^20 sums in it at most."""
-    allowed = range(min(n, LARGEST // 2) + 1)
-    return min(allowed, key=lambda first: _listed(first, size) + targets * _listed(n - first, size))
-
-
-def _listed(n: int, size: int | None) -> int:
-    """How many subsets of n samples have `size` elements or fewer, all for None."""
-    return 2**n if size is None else sum(comb(n, i) for i in range(min(n, size) + 1))
 
 
 def _nothing(batch: _Batch) -> Subsets:

@@ -14,7 +14,7 @@ import torch
 from numpy import uint64
 from torch import Tensor
 
-from lottery_callbacks.functional.subset_sum import ELEMENT, subsets_of
+from lottery_callbacks.functional.subset_sum_search import ELEMENT, subsets_of
 
 try:
     from numba import njit  # pyright: ignore[reportMissingImports]

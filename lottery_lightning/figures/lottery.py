@@ -1,6 +1,5 @@
-"""Figures from finished runs; each function gives the bytes of a PNG."""
+"""Figures of the lottery ticket experiment."""
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from statistics import mean
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lottery_callbacks import Ticket
 from lottery_callbacks.functional import masks as M
+from lottery_lightning.figures.drawing import canvas, png
 
 # label, colour, marker, line, and a factor on x that keeps the bars of the arms apart
 STYLE = {
@@ -31,12 +31,9 @@ def lottery_figure(rows: Sequence[dict[str, Any]], max_steps: int) -> bytes:
 
     Rows are those of `results.csv`; the dense network's mean is a thin horizontal line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(15, 4.6)
     trials = len({row["trial"] for row in rows})
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, label, scale) in zip(axes, PANELS, strict=True):
@@ -67,7 +64,7 @@ def lottery_figure(rows: Sequence[dict[str, Any]], max_steps: int) -> bytes:
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, loc="lower left")
     figure.suptitle(f"{max_steps:,} iterations a level; trials: {trials}; mean, bars from min to max; grey: dense")
-    return _png(figure)
+    return png(figure)
 
 
 def mask_figure(tickets: Iterable[tuple[int, Ticket]], maps: int = 4) -> bytes:
@@ -94,12 +91,8 @@ def mask_figure(tickets: Iterable[tuple[int, Ticket]], maps: int = 4) -> bytes:
             shown, first[ticket.level] = trial, next(iter(ticket.masks.values()))
     if not first:
         raise ValueError("there are no tickets to draw: give those of a run's tickets/ folder")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     levels = _spread(sorted(first), maps)
-    figure = Figure(figsize=(6 + 3 * len(levels), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(6 + 3 * len(levels), 4.6)
     lines, *images = figure.subplots(1, 1 + len(levels), width_ratios=[2, *([1] * len(levels))])
     _draw_densities(lines, densities)
     for axis, level in zip(images, levels, strict=True):
@@ -107,7 +100,7 @@ def mask_figure(tickets: Iterable[tuple[int, Ticket]], maps: int = 4) -> bytes:
         axis.set_title(f"level {level}: {100 * first[level].float().mean():.3g} % kept", fontsize=10)
     layer, trials = next(iter(densities.items()))
     figure.suptitle(f"trials: {len(trials)}; maps: where {layer} keeps its weights in trial {shown}")
-    return _png(figure)
+    return png(figure)
 
 
 def kept_map(mask: Tensor, most: int = 150) -> Tensor:
@@ -176,9 +169,3 @@ def _draw_map(axis: Any, mask: Tensor) -> None:
     axis.set_xlabel("pixel column" if side else "weight of the unit")
     axis.set_ylabel("pixel row" if side else "unit")
     axis.figure.colorbar(image, ax=axis, location="bottom", shrink=0.9, label="weights kept (%)")
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()

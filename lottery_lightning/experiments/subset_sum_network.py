@@ -1,0 +1,216 @@
+"""A trained network with each weight replaced by a sum of random samples: Pensia's experiment, and sparser ones."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lottery_callbacks import ApplyTicket, Pruning, RewindPoint, Ticket
+from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.subset_sum import cost, subset_sum
+from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection, stable_seed
+from lottery_lightning.experiments.store import working_on, write_csv, write_json
+from lottery_lightning.experiments.subset_sum_network_report import report, rows_of
+from lottery_lightning.progress import ExperimentProgress
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What each weight is replaced by; the tolerance says which errors are misses.
+
+    Attributes:
+        name: "any", "size", "smallest" or "magnitude".
+        tolerance: of the smallest subsets and of the control.
+        size: samples of a "size", least size of a "smallest".
+    """
+
+    name: str
+    tolerance: float
+    size: int | None = None
+
+    def question(self) -> dict[str, Any]:
+        """The arguments of `subset_sum`."""
+        if self.name == "smallest":
+            return {"tolerance": self.tolerance, "min_size": self.size}
+        return {"size": self.size}
+
+    def sizes(self, n: int) -> Sequence[int | None]:
+        """All sizes that may be solved for."""
+        return range(self.size or 0, n + 1) if self.name == "smallest" else [self.size]
+
+    def __str__(self) -> str:
+        if self.name == "size":
+            return f"k = {self.size}"
+        return {
+            "any": "any size",
+            "smallest": f"smallest{f' from {self.size}' if self.size else ''}, {self.tolerance:g}",
+            "magnitude": f"magnitude, {self.tolerance:g}",
+        }[self.name]
+
+
+class SubsetSumNetwork:
+    """The experiment of Pensia et al. (arXiv 2006.07990, section 4), exactly, and with subsets of fixed sizes.
+
+    A network is trained. Then each entry of its weight matrices is replaced by the nearest sum of a subset of n random
+    samples, uniform between the least and the greatest of its weights; a row of a layer (an output) shares n samples,
+    as in the published code. Biases and norm layers stay. The network is dense as before: it is not yet the pruned
+    random network of the theorem, whose ticket would keep the chosen samples as edges. Arms, on the same samples:
+
+    - any size: the published question.
+    - k: exactly k samples each (arXiv 2410.14754), for each of `sizes`.
+    - smallest: the smallest subset within a tolerance, the empty one among them; *smallest from 1*: without that.
+    - magnitude: the control. Weights within the tolerance of 0 are removed, all others stay as they are.
+
+    A miss is a weight whose error is above the arm's tolerance (of any size and of k: the least). Finished arms are
+    skipped on a rerun, a torn training is resumed. At the end: table, results.csv, figure, one sentence of finding, one
+    line of JSON; an arm's folder has its misses.csv, where there are any.
+
+    Args:
+        model: the LightningModule; it logs `val/loss` and `test/acc`, and is initialised by `reset_parameters`.
+        data: the data module; its `data_seed`, if it has one, is added to the trial's seed.
+        run_dir: where everything is kept.
+        n: samples of a set, at most 40.
+        sizes: the fixed sizes k.
+        tolerances: of the smallest subsets and of their control.
+        trials: number of trials; trial t has seed `seed + t`.
+        training: how the network is trained; its last weights are the target.
+        seed: of the first trial.
+    """
+
+    def __init__(
+        self,
+        model: L.LightningModule,
+        data: L.LightningDataModule,
+        run_dir: Path,
+        n: int = 21,
+        sizes: Sequence[int] = (1, 2, 3, 4, 5, 6),
+        tolerances: Sequence[float] = (0.01, 0.02, 0.03),
+        trials: int = 1,
+        training: Training = Training(),
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= n <= 40 or not all(1 <= size <= n for size in sizes):
+            raise ValueError(f"n={n}, sizes={list(sizes)}: choose n of 1 to 40 samples and sizes of 1 to n")
+        if trials < 1 or not tolerances or min(tolerances) <= 0:
+            raise ValueError(f"trials={trials}, tolerances={list(tolerances)}: give one or more of each, above 0")
+        if not Pruning().prunable(model):
+            raise ValueError(f"{type(model).__name__} has no weight matrix to approximate")
+        self.model, self.data, self.run_dir = model, data, Path(run_dir)
+        self.n, self.trials, self.training, self.seed = n, trials, training, seed
+        least = min(tolerances)
+        self.arms = [Arm("any", least), *(Arm("size", least, size) for size in sizes)]
+        self.arms += [Arm("smallest", tolerance, size) for size in (0, 1) for tolerance in tolerances]
+        self.controls = [Arm("magnitude", tolerance) for tolerance in tolerances]
+
+    def run(self) -> None:
+        """Do what is not done yet, then report; a trial that another process works on is left to it."""
+        runs = self.trials * (1 + len(self.arms))
+        with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
+            config = {"n": self.n}
+            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), config)
+            for trial in range(self.trials):
+                with working_on(self._trial_dir(trial)) as mine:
+                    if mine:
+                        self._run_trial(trial, runner, progress)
+                    else:
+                        progress.console.print(f"trial {trial} is left to the process that works on it")
+        plans = [
+            [self._run_of(trial, arm) for arm in (None, *self.arms, *self.controls)] for trial in range(self.trials)
+        ]
+        if any(run.record is None for plan in plans for run in plan):
+            print("some arms are left to another process; the last to finish reports")
+            return
+        report([row for target, *arms in plans for row in rows_of(target, arms)], self.run_dir, self.n)
+
+    def _run_trial(self, trial: int, runner: Runner, progress: ExperimentProgress) -> None:
+        target = self._run_of(trial, None)
+        if target.record is None:
+            progress.start(f"trial {trial} target")
+            self._train(target, runner)
+        progress.finish(None)
+        saved = torch.load(target.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+        model = runner.fresh_model(self.seed + trial)
+        for arm in (*self.arms, *self.controls):
+            run = self._run_of(trial, arm)
+            if run.record is None:
+                progress.start(f"trial {trial} {arm}")
+                model.load_state_dict(saved)
+                write_json(run.run_dir / "result.json", self._approximate(run, arm, model, runner, progress))
+            if arm in self.arms:
+                progress.finish(None)
+
+    def _train(self, run: Run, runner: Runner) -> None:
+        """The dense network, as the ticket that keeps all weights."""
+        seed = self.seed + run.trial
+        everything = Ticket(M.ones(Pruning().prunable(self.model)), RewindPoint(0, {}))
+        runner.do(run, seed, ApplyTicket(everything, weights="reinit", seed=seed))
+
+    def _approximate(
+        self, run: Run, arm: Arm, model: L.LightningModule, runner: Runner, progress: ExperimentProgress
+    ) -> Row:
+        """Replace the model's weights in place; what was found of them, and how accurate they are."""
+        weights = {name: weight.detach() for name, weight in Pruning().prunable(model).items()}
+        values = torch.cat([weight.flatten() for weight in weights.values()])
+        if arm in self.controls:
+            found = _remove(weights, values, arm.tolerance)
+        else:
+            found = self._sum(run, arm, weights, values, progress)
+        errors = (values - torch.cat([weight.flatten() for weight in weights.values()])).abs()
+        found |= {"weights": len(values), "kept_ratio": found["kept"] / len(values)}
+        found |= {"median_error": errors.median().item(), "max_error": errors.max().item()}
+        accuracy = runner.test(run, model, found)
+        return vars(arm) | {"trial": run.trial, "question": str(arm), **found, "accuracy": accuracy}
+
+    def _sum(self, run: Run, arm: Arm, weights: dict[str, Tensor], values: Tensor, progress: ExperimentProgress) -> Row:
+        instances = {name: (w.flatten(1), self._samples(run.trial, name, w, values)) for name, w in weights.items()}
+        additions = sum(cost(*instance, arm.sizes(self.n)).additions for instance in instances.values())
+        progress.console.print(f"trial {run.trial} {arm}: {len(values):,} weights, {additions:.2g} additions at most")
+        count: Row = {"kept": 0, "empty": 0, "misses": 0, "seconds": 0.0}
+        misses: list[Row] = []
+        behind = 0
+        for name, (targets, samples) in instances.items():
+
+            def tell(done: int, total: int, behind: int = behind, here: int = targets.numel()) -> None:
+                progress.tell(behind + here * done // total, len(values))
+
+            began = time.perf_counter()
+            found = subset_sum(targets, samples, **arm.question(), progress=tell)
+            count["seconds"] += time.perf_counter() - began
+            behind += targets.numel()
+            count["kept"] += int(found.sizes.sum())
+            count["empty"] += int(found.empty.sum())
+            for row, column in (found.errors > arm.tolerance).nonzero().tolist():
+                weight, total = targets[row, column].item(), found.sums[row, column].item()
+                misses.append({"layer": name, "row": row, "column": column, "weight": weight, "sum": total})
+            weights[name].copy_(found.sums.view_as(weights[name]))
+        if misses:
+            write_csv(run.run_dir / "misses.csv", misses)
+        return count | {"misses": len(misses)}
+
+    def _samples(self, trial: int, name: str, weight: Tensor, values: Tensor) -> Tensor:
+        """Samples of each row, uniform between the least and the greatest of all weights; the same for each arm."""
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, trial, name, "samples"))
+        unit = torch.rand(len(weight), self.n, generator=generator, dtype=torch.float64)
+        return unit * (values.max() - values.min()) + values.min()
+
+    def _run_of(self, trial: int, arm: Arm | None) -> Run:
+        name = "target" if arm is None else str(arm).replace(", ", "_").replace(" = ", "_").replace(" ", "_")
+        return Run(self._trial_dir(trial) / name, trial, 0, name)
+
+    def _trial_dir(self, trial: int) -> Path:
+        return self.run_dir / f"trial_{trial}"
+
+
+def _remove(weights: dict[str, Tensor], values: Tensor, tolerance: float) -> Row:
+    """Magnitude pruning, in place, of what is within the tolerance of 0."""
+    for weight in weights.values():
+        weight.masked_fill_(weight.abs() <= tolerance, 0)
+    kept = int((values.abs() > tolerance).sum())
+    return {"kept": kept, "empty": len(values) - kept, "misses": 0, "seconds": 0.0}
