@@ -57,7 +57,7 @@ def test_a_mistake_in_a_config_is_one_line_and_leaves_no_folder(tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["lotery"], "'lotery' is no command: choose lottery, fit"),
+        (["lotery"], "'lotery' is no command: choose lottery, subset-sum"),
         (["lottery", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["lottery", "--config", QUICKSTART, "--levls", "3"], "--levls"),
         (["fit", "--config", FIT, "--trainer.max_stps", "3"], "max_stps"),
