@@ -11,10 +11,10 @@ class ExperimentProgress(L.Callback):
     """A rich bar with the present run and the time left; on no terminal, the lines alone.
 
     Use as a context; `start` names each run, `finish` prints its line. One update every `every` steps of a fit; what is
-    no fit calls `tell`. `unit` is what a step is called.
+    no fit calls `tell`. `runs` is their number, each times its share of a whole one; `unit` is what a step is called.
     """
 
-    def __init__(self, runs: int, steps_per_run: int, every: int = 25, unit: str = "steps") -> None:
+    def __init__(self, runs: float, steps_per_run: int, every: int = 25, unit: str = "steps") -> None:
         self.console = Console(highlight=False)
         self.steps_per_run, self.every = steps_per_run, every
         self._bar = Progress(
@@ -28,7 +28,7 @@ class ExperimentProgress(L.Callback):
             refresh_per_second=2,  # each drawing holds up the training for some milliseconds
         )
         self._task = self._bar.add_task("", total=runs * steps_per_run)
-        self._before = self._shown = 0
+        self._before, self._share, self._shown = 0.0, 1.0, 0
 
     def __enter__(self) -> "ExperimentProgress":
         self._bar.start()
@@ -37,21 +37,22 @@ class ExperimentProgress(L.Callback):
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def start(self, name: str) -> None:
-        """A run begins."""
-        self._shown = 0
+    def start(self, name: str, share: float = 1.0) -> None:
+        """A run begins, which takes as long as this share of a whole one."""
+        self._share, self._shown = share, 0
         self._bar.update(self._task, description=name)
 
     def finish(self, line: str | None) -> None:
         """A run is done, now or before; its line is printed if there is one."""
-        self._before += self.steps_per_run
+        self._before += self.steps_per_run * self._share
+        self._share = 1.0
         self._bar.update(self._task, completed=self._before)
         if line:
             self.console.print(line, soft_wrap=True)
 
     def tell(self, done: int, total: int) -> None:
         """So much of the present run is done."""
-        self._bar.update(self._task, completed=self._before + self.steps_per_run * done // max(total, 1))
+        self._bar.update(self._task, completed=self._before + self.steps_per_run * self._share * done / max(total, 1))
 
     def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
         """The bar may advance by visits."""

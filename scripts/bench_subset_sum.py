@@ -4,7 +4,7 @@ The instances have the shape of Pensia et al. (arXiv 2006.07990): a weight of a 
 uniform between its least and greatest weight; here the targets are uniform there too. *Shared*: a set a row of a layer,
 510 in all; *own*: a set a weight. Each figure is the median of the repeats; integer programs solve a few of the same
 instances, and their seconds a weight are compared with `seconds_own` a weight. Beside the kernel the solver without it
-answers the questions of any size. The last line of output is JSON.
+answers the questions of any size. The yardstick is 2^(n/2) additions a target. The last line of output is JSON.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the rows, for a quick look")
     parser.add_argument("--milp", type=int, default=3, help="instances for the integer programs")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one of them")
-    parser.add_argument("--out", type=Path, help="folder for subset_sum_growth.csv and .png")
+    parser.add_argument("--out", type=Path, help="folder for growth.csv and .png, and bench.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shared = [_instances(max(1, round(args.fraction * sets)), each, args.n, args.device) for sets, each in ROWS]
@@ -66,14 +66,17 @@ def main() -> None:
     for kernel in (True, False) if compiled else (False,):
         for name, ask in questions.items() if kernel or not compiled else list(questions.items())[:2]:
             key = f"seconds_{name}" + ("" if kernel or not compiled else "_without_kernel")
-            result[key] = round(_median(lambda ask=ask, kernel=kernel: ask(kernel), args.repeats), 3)
+            result[key] = round(_median(lambda ask=ask, kernel=kernel: ask(kernel), args.repeats, args.device), 3)
             print(f"{key}: {result[key]}", flush=True)
+    yardstick = partial(_yardstick, len(targets), args.n)
+    result["seconds_yardstick_one_thread"] = round(_median(yardstick, args.repeats, args.device), 3)
     some = [(float(t), x.double().cpu().numpy()) for t, x in zip(own[0][: args.milp], own[1], strict=False)]
     ours, each = subset_sum(*own).errors.tolist(), float(str(result["seconds_own"])) / len(targets)
     for name, solve in {"milp": _milp, **({"gurobi": _gurobi} if find_spec("gurobipy") else {})}.items():
         result |= _compared(name, solve, some, ours[: args.milp], args.limit, each)
     if args.out:
         _growth(args.out, args.repeats, args.device)
+        (args.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
@@ -85,7 +88,7 @@ def _instances(sets: int, each: int, n: int, device: str) -> tuple[Tensor, Tenso
     return _uniform(sets, each, seed=each).to(device), _uniform(sets, n, seed=each + 1).to(device)
 
 
-def _median(ask: Callable[[], object], repeats: int) -> float:
+def _median(ask: Callable[[], object], repeats: int, device: str) -> float:
     """Seconds; a first call that compiles or warms up is not counted."""
 
     def timed() -> float:
@@ -95,14 +98,22 @@ def _median(ask: Callable[[], object], repeats: int) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    _warm()
+    _warm(device)
     return statistics.median(timed() for _ in range(repeats))
 
 
-def _warm() -> None:
+def _warm(device: str) -> None:
     for kernel in (None, False):
-        subset_sum(torch.zeros(2), torch.ones(2, 4), kernel=kernel)
-        subset_sum(torch.zeros(2), torch.ones(4), kernel=kernel)
+        subset_sum(torch.zeros(2, device=device), torch.ones(2, 4, device=device), kernel=kernel)
+        subset_sum(torch.zeros(2, device=device), torch.ones(4, device=device), kernel=kernel)
+
+
+def _yardstick(targets: int, n: int) -> None:
+    """2^(n/2) additions a target in one thread, in the cache."""
+    block = torch.zeros(round(2 ** (n / 2)), dtype=torch.float64)
+    numbers = torch.ones_like(block)
+    for _ in range(targets):
+        torch.add(block, numbers, out=block)
 
 
 def _compared(
@@ -164,15 +175,15 @@ def _growth(out: Path, repeats: int, device: str) -> None:
                 _uniform(count if own else 1, n, seed=n + 1).to(device),
             )
             ask = partial(subset_sum, targets, samples if own else samples[0], **options)
-            seconds = _median(ask, repeats)
+            seconds = _median(ask, repeats, device)
             rows.append((question, axis, n, count, seconds, seconds / count))
             print(
                 f"{question}: n = {n}, {count} targets: {seconds:.4f} s, {seconds / count:.3g} s a target", flush=True
             )
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "subset_sum_growth.csv").open("w", newline="") as file:
+    with (out / "growth.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("question", "axis", "n", "targets", "seconds", "seconds_per_target"), *rows])
-    _draw(rows, out / "subset_sum_growth.png")
+    _draw(rows, out / "growth.png")
 
 
 def _draw(rows: list[tuple[str, str, int, int, float, float]], path: Path) -> None:

@@ -34,7 +34,10 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """A test that draws without a seed of its own draws the same alone, in another order and on another day."""
+    """A test that draws without a seed of its own draws the same alone, in another order and on another day.
+
+    Fixtures of a module or the session run before it: they seed what they draw.
+    """
     _seed()
 
 

@@ -23,8 +23,8 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
         ValueError: the folder belongs to another experiment; one line names the first key that differs.
     """
     path = run_dir / "config.yaml"
-    done = (run_dir.glob(pattern) for pattern in ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json"))
-    if not any(map(any, done)):  # nothing yet that another config could spoil
+    begun = [run_dir.glob(pattern) for pattern in ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json")]
+    if not any(map(any, begun)) and not any(map(_held, run_dir.rglob(".lock"))):  # nothing that this could spoil
         write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return
     old, new = _flat(yaml.safe_load(path.read_text()) or {}), _flat(yaml.safe_load(yaml.safe_dump(dict(config))))
@@ -41,6 +41,16 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: config}
     nested = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
     return {key: value for part in nested for key, value in part.items()}
+
+
+def _held(lock: Path) -> bool:
+    """Whether a living process works in the folder of this lock."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lottery_lightning.experiments.subset_sum_network_report import report, rows
 from lottery_lightning.progress import ExperimentProgress
 
 Row = dict[str, Any]
+SHARE = 0.02  # of a training's time, for an arm
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class SubsetSumNetwork:
     """The experiment of Pensia et al. (arXiv 2006.07990, section 4), exactly, and with subsets of fixed sizes.
 
     A network is trained. Then each entry of its weight matrices is replaced by the nearest sum of a subset of n random
-    samples, uniform between the least and the greatest of its weights; a row of a layer (an output) shares n samples,
-    as in the published code. Biases and norm layers stay. The network is dense as before: it is not yet the pruned
-    random network of the theorem, whose ticket would keep the chosen samples as edges. Arms, on the same samples:
+    samples, uniform between the least and the greatest of its weights; a row of a weight (its first index) shares n
+    samples, as in the published code. Biases and norm layers stay. The network is dense as before: it is not yet the
+    pruned random network of the theorem, whose ticket would keep the chosen samples as edges. Sums are found on the
+    CPU. Arms, on the same samples:
 
     - any size: the published question.
     - k: exactly k samples each (arXiv 2410.14754), for each of `sizes`.
@@ -105,13 +107,16 @@ class SubsetSumNetwork:
         self.model, self.data, self.run_dir = model, data, Path(run_dir)
         self.n, self.trials, self.training, self.seed = n, trials, training, seed
         least = min(tolerances)
-        self.arms = [Arm("any", least), *(Arm("size", least, size) for size in sizes)]
+        self.arms = [Arm("any", least), *(Arm("size", least, size) for size in sorted(sizes))]
         self.arms += [Arm("smallest", tolerance, size) for size in (0, 1) for tolerance in tolerances]
         self.controls = [Arm("magnitude", tolerance) for tolerance in tolerances]
+        names = [str(arm) for arm in (*self.arms, *self.controls)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sizes={list(sizes)}, tolerances={list(tolerances)}: give each of them once")
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        runs = self.trials * (1 + len(self.arms))
+        runs = self.trials * (1 + SHARE * len(self.arms))
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
             config = {"n": self.n}
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), config)
@@ -140,10 +145,9 @@ class SubsetSumNetwork:
         for arm in (*self.arms, *self.controls):
             run = self._run_of(trial, arm)
             if run.record is None:
-                progress.start(f"trial {trial} {arm}")
+                progress.start(f"trial {trial} {arm}", SHARE if arm in self.arms else 0.0)
                 model.load_state_dict(saved)
                 write_json(run.run_dir / "result.json", self._approximate(run, arm, model, runner, progress))
-            if arm in self.arms:
                 progress.finish(None)
 
     def _train(self, run: Run, runner: Runner) -> None:
@@ -180,6 +184,7 @@ class SubsetSumNetwork:
             def tell(done: int, total: int, behind: int = behind, here: int = targets.numel()) -> None:
                 progress.tell(behind + here * done // total, len(values))
 
+            subset_sum(targets[:1, :1], samples[:1], **arm.question())  # loads what is compiled, or compiles it
             began = time.perf_counter()
             found = subset_sum(targets, samples, **arm.question(), progress=tell)
             count["seconds"] += time.perf_counter() - began
@@ -196,7 +201,7 @@ class SubsetSumNetwork:
 
     def _samples(self, trial: int, name: str, weight: Tensor, values: Tensor) -> Tensor:
         """Samples of each row, uniform between the least and the greatest of all weights; the same for each arm."""
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, trial, name, "samples"))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed + trial, name, "samples"))
         unit = torch.rand(len(weight), self.n, generator=generator, dtype=torch.float64)
         return unit * (values.max() - values.min()) + values.min()
 

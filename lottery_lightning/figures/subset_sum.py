@@ -27,7 +27,7 @@ def subset_sum_figure(successes: Sequence[Row], errors: Sequence[Row]) -> bytes:
             colour, some = f"C{number}", [row for row in successes if (row["size"], row["eps"]) == (size, eps)]
             _draw_success(axis, some, colour, f"eps = {eps:g}")
             axis.axvline(counting_size(size, eps), color=colour, ls="--", lw=0.8)
-            axis.axvline(rfss_size(size, eps), color=colour, ls=":", lw=0.8)
+            axis.axvline(rfss_size(size, eps), color=colour, ls="-.", lw=0.8)
         ns = [row["n"] for row in successes if row["size"] == size]
         axis.set(xlim=(min(ns) - 0.5, max(ns) + 0.5), ylim=(-0.02, 1.02), xlabel="samples n", title=f"k = {size}")
         axis.set_ylabel("success: nearest sum within eps")
@@ -39,7 +39,7 @@ def subset_sum_figure(successes: Sequence[Row], errors: Sequence[Row]) -> bytes:
     trials = successes[0]["trials"]
     figure.suptitle(
         f"{trials:,} trials a point, bands of 95 %; targets uniform (lines) and 0 (thin, dotted); "
-        "vertical, dashed: n_c, C(n, k) >= sqrt(k) / eps; dotted: theorem 2, c_hyp = 1"
+        "vertical, dashed: n_c, C(n, k) >= sqrt(k) / eps; dash-dotted: theorem 2, c_hyp = 1"
     )
     return png(figure)
 
@@ -58,26 +58,29 @@ def _draw_errors(axis: Any, rows: Sequence[Row], sizes: Sequence[int | str]) -> 
 
     for number, size in enumerate(sizes):
         some = [row for row in rows if (row["size"], row["target"]) == (size, "uniform")]
+        if not some:
+            continue
         n, colour = [row["n"] for row in some], colormaps["viridis"](0.9 * number / len(sizes))
         name = "any size" if size == "any" else f"k = {size}"
         axis.plot(n, [row["median_error"] for row in some], color=colour, marker="o", ms=2.5, label=name)
         axis.plot(n, [row["error_90"] for row in some], color=colour, ls=":", lw=0.9)
+        if size == "any":
+            axis.plot(n, [2.0**-number for number in n], color="grey", ls="--", lw=0.9, label="2^-n")
     axis.plot([], [], color="grey", ls=":", lw=0.9, label="90th percentile")
     axis.set(yscale="log", xlabel="samples n", ylabel="median error of the nearest sum", title="uniform targets")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
 
 
-def network_figure(rows: Sequence[Row], n: int) -> bytes:
+def network_figure(cells: Sequence[Sequence[Row]], n: int) -> bytes:
     """Errors and kept weights by question, and accuracy against kept weights; means over trials, bars min to max.
 
-    Rows are those of the experiment's `results.csv`.
+    Args:
+        cells: of each question the rows of the experiment's `results.csv`, one a trial.
+        n: samples of a set.
     """
     figure = canvas(15, 4.6)
     errors, kept, accuracy = figure.subplots(1, 3)
-    cells = [
-        [row for row in rows if row["question"] == name] for name in dict.fromkeys(row["question"] for row in rows)
-    ]
     names = [cell[0]["question"] for cell in cells]
     for place, cell in enumerate(cells):
         _bar(errors, place, [row["median_error"] for row in cell], "C0", "o")
@@ -86,12 +89,13 @@ def network_figure(rows: Sequence[Row], n: int) -> bytes:
     for axis in (errors, kept):
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axis.grid(alpha=0.25)
-        axis.set_yscale("log")
+    errors.set_yscale("symlog", linthresh=1e-7)  # half of the control's weights may have no error at all
+    kept.set_yscale("log")
     errors.plot([], [], "o", color="C0", label="median")
     errors.plot([], [], "^", color="C1", label="largest")
     errors.legend(frameon=False)
     errors.set_ylabel("error of a weight")
-    kept.set_ylabel(f"samples kept, in weights of the target (of {n})")
+    kept.set_ylabel(f"kept, in weights of the target (samples: {n})")
     groups = {
         "any": "any size",
         "size": "fixed size k",
@@ -111,7 +115,7 @@ def network_figure(rows: Sequence[Row], n: int) -> bytes:
     accuracy.set(xscale="log", xlabel="kept, in weights of the target", ylabel="test accuracy - the target's (points)")
     accuracy.grid(alpha=0.25)
     accuracy.legend(frameon=False, fontsize=8)
-    trials = len({row["trial"] for row in rows})
+    trials = len(cells[0])
     figure.suptitle(f"weights as sums of n = {n} samples; trials: {trials}; mean, bars from min to max")
     return png(figure)
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lottery_lightning.networks.initialisation import Initialisation, initialise, reset_norms
+from lottery_lightning.networks.layout import channels_last
 
 Shortcut = Literal["projection", "padding"]
 
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of images (batch, 3, height, width)."""
-        values = self.norm(self.conv(images.contiguous(memory_format=torch.channels_last))).relu()
+        values = self.norm(self.conv(channels_last(images))).relu()
         return self.output(self.blocks(values).mean((2, 3)))
 
 

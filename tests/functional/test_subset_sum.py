@@ -1,4 +1,6 @@
 import itertools
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -275,7 +277,7 @@ def test_sums_are_exact_for_products_of_weights_on_a_grid():
 def test_progress_rises_to_the_total():
     g = torch.Generator().manual_seed(5)
     samples, targets = torch.randn(30, 8, generator=g), torch.randn(30, generator=g)
-    for question, total in (({}, 30), ({"tolerance": 0.05}, 270), ({"min_size": 1}, 30)):
+    for question, total in (({}, 30), ({"tolerance": 0.05}, 270), ({"min_size": 1}, 270), ({"min_size": 3}, 210)):
         seen = []
         subset_sum(targets, samples, memory=1, progress=lambda *s, seen=seen: seen.append(s), **question)
         assert {t for _, t in seen} == {total}
@@ -284,6 +286,62 @@ def test_progress_rises_to_the_total():
     seen = []
     frontier(targets, samples, progress=lambda *s: seen.append(s))
     assert seen[-1] == (270, 270)
+
+
+def test_progress_keeps_back_what_a_least_size_may_still_ask():
+    samples = torch.randn(30, 8, generator=torch.Generator().manual_seed(6))
+    seen: list[tuple[int, int]] = []
+    subset_sum(torch.zeros(30), samples, min_size=1, memory=1, progress=lambda *s: seen.append(s))  # all ask again
+    assert seen[29][0] <= 30
+    assert len(seen) > 100
+    assert [d for d, _ in seen[:-2]] == sorted(d for d, _ in seen[:-2])
+    assert all(d < t for d, t in seen[:100])
+
+
+def test_indices_are_the_chosen_places():
+    answer = subset_sum(torch.tensor([[0.75, 0.0], [4.0, 1.0]]), torch.tensor([[0.5, 0.25], [3.0, 1.0]]))
+    assert answer.indices.tolist() == [[[0, 1], [-1, -1]], [[0, 1], [1, -1]]]
+    assert subset_sum(torch.zeros(0), torch.ones(3)).indices.shape == (0, 0)
+    assert subset_sum(torch.zeros(2), torch.ones(3)).indices.shape == (2, 0)
+
+
+def test_two_threads_share_the_targets_of_one_set(monkeypatch):
+    g = torch.Generator().manual_seed(7)
+    samples, targets = torch.randn(12, generator=g), torch.randn(500, generator=g)
+    alone = subset_sum(targets, samples)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = subset_sum(targets, samples)
+    assert shared.errors.equal(alone.errors)
+    assert shared.chosen.equal(alone.chosen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"valid": torch.ones(3)}, "valid boolean"),
+        (
+            {
+                "targets": torch.tensor([-1.7e308], dtype=torch.float64),
+                "samples": torch.full((1,), 1e308, dtype=torch.float64),
+            },
+            "finite",
+        ),
+    ],
+)
+def test_what_would_go_wrong_later_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        subset_sum(**{"targets": torch.zeros(1), "samples": torch.ones(3)} | arguments)
+
+
+def test_a_numba_that_does_not_import_leaves_the_work_to_torch(tmp_path):
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
+    code = "import torch; from lottery_callbacks.functional.subset_sum import subset_sum as s; "
+    code += "print(s(torch.ones(1), torch.ones(3)).sizes.item())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_cost_counts_the_additions_and_many_targets_on_a_set_share_them():
@@ -328,7 +386,7 @@ def test_a_question_that_makes_no_sense_is_refused(targets, samples, question, m
 
 
 def test_without_numba_torch_answers_and_asking_for_the_kernel_names_the_mend(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_compiles", lambda: False)
     monkeypatch.setitem(sys.modules, "lottery_callbacks.functional.subset_sum_kernels", None)
     assert subset_sum(torch.zeros(1), torch.ones(3)).feasible.tolist() == [True]
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lottery-lightning\[subset-sum\]'"):

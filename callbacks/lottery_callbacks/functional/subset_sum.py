@@ -5,17 +5,18 @@ of the first part plus one of the 2^(n-h) sums b of the second, so that a target
 to t - b. The a are ordered once a set; many targets on one set therefore want a larger first part, and T targets take
 about 2 sqrt(T 2^n) additions. Of a fixed size k, parts list only their subsets of k elements or fewer.
 
-Exact: sums are integers, in units of 2^-54 of the least power of two above the sum of the set's |samples|. No addition
-rounds, so the answer is the best of all subsets where samples and targets lie on that grid, as products of weights on
-a 2^-24 grid do; else its error exceeds the least by n + 1 units at most, about what float64 loses in such sums.
-Equally near subsets: the lowest b (as a binary number, its sample i worth 2^i), then the smaller sum, then the lowest
-a; on every device, with and without the kernel. The split depends on n, the size and the number of targets a set.
+Exact: sums are integers, in units of 2^-54 of the least power of two above the sum of the set's |samples| (2^-969 or
+more). No addition rounds, so the answer is the best of all subsets where samples and targets lie on that grid, as
+products of weights on a 2^-24 grid do; else its error exceeds the least by n + 1 units at most, about what float64
+loses in such sums. Equally near subsets: the lowest b (as a binary number, its sample i worth 2^i), then the smaller
+sum, then the lowest a; on every device, with and without the kernel. The split depends on n, the size and the number of
+targets a set.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class Subsets:
     sums: Tensor
     errors: Tensor
     feasible: Tensor
+
+    @property
+    def indices(self) -> Tensor:
+        """The chosen samples' places, ascending, with one more dimension of the greatest size; filled up with -1."""
+        order = self.chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        order = order[..., : int(self.sizes.max()) if self.sizes.numel() else 0]
+        return order.masked_fill(~self.chosen.gather(-1, order), -1)
 
     @property
     def sizes(self) -> Tensor:
@@ -89,15 +97,16 @@ def subset_sum(
         min_size: without `size`, at least that many samples: 1 excludes the empty subset.
         valid: boolean, in the shape of `samples`: which may be chosen; the others may hold anything.
         kernel: the compiled kernel, in `torch.get_num_threads()` threads; None: on a CPU where numba is installed.
-        memory: bytes of work space; a single set takes up to 200 MB at n = 40, whatever it says.
-        progress: called as progress(done, total) with targets, times sizes where several are asked.
+        memory: bytes of work space; a single set takes up to 200 MB at n = 40, whatever it says, and 64 MB stay.
+        progress: called as progress(done, total) with targets, times sizes where several may be asked.
 
     >>> answer = subset_sum(torch.tensor([0.6, 0.0]), torch.tensor([0.5, 0.25, 0.125]), size=2)
     >>> answer.chosen.tolist(), answer.errors.tolist()
     ([[True, False, True], [False, True, True]], [0.02499997615814209, 0.375])
 
     Raises:
-        ValueError: shapes do not fit, n is not in 1..40, a number is not finite, or the question contradicts itself.
+        ValueError: shapes, devices or types do not fit, n is not in 1..40, a number is not finite, or the question
+            contradicts itself.
         ModuleNotFoundError: `kernel=True` without numba.
     """
     if size is not None and (tolerance is not None or min_size):
@@ -110,11 +119,16 @@ def subset_sum(
         report = _reporting(progress, targets.numel() * len(sizes))
         everywhere = torch.ones_like(batch.targets, dtype=torch.bool)
         return _shaped(_smallest(batch, everywhere, sizes, tolerance, report), targets)
-    answer = _nearest(batch, size, _reporting(progress, targets.numel()))
+    if not min_size:
+        return _shaped(_nearest(batch, size, _reporting(progress, targets.numel())), targets)
+    parts = 1 + len(sizes)
+    report = _reporting(progress, targets.numel() * parts)
+    answer = _nearest(batch, None, lambda fraction: report(fraction / parts))
     if (too_small := answer.sizes < min_size).any():  # the nearest of each admissible size, and the best of these
-        again = _smallest(batch, too_small, sizes, None, lambda fraction: None)
+        again = _smallest(batch, too_small, sizes, None, lambda fraction: report((1 + fraction * len(sizes)) / parts))
         for old, new in zip(_tensors(answer), _tensors(again), strict=True):
             old[too_small] = new[too_small]
+    report(1.0)
     return _shaped(answer, targets)
 
 
@@ -146,7 +160,8 @@ def cost(
 ) -> Cost:
     """What the nearest subsets of each of `sizes` take: (None,) any size, (k,) exactly k, range(n + 1) the frontier.
 
-    For the smallest size within a tolerance the frontier's is the most that it can take.
+    For the smallest size within a tolerance the frontier's is the most that it can take, for `min_size` samples or more
+    that of (None, *range(min_size, n + 1)).
 
     >>> cost(torch.zeros(397_000), torch.zeros(397_000, 21)).additions  # 2^10 + 2^11 a target
     1219584000
@@ -157,7 +172,8 @@ def cost(
         bytes += targets.numel() * (samples.shape[-1] + 17)
         for n, sets in zip(*(t.tolist() for t in batch.valid.sum(1).unique(return_counts=True)), strict=True):
             first = meet.split(n, each, size)
-            additions += sets * (meet.listed(first, size) + each * meet.listed(n - first, size))
+            if n >= (size or 0):
+                additions += sets * (meet.listed(first, size) + each * meet.listed(n - first, size))
     return Cost(additions, bytes)
 
 
@@ -184,16 +200,26 @@ class _Batch:
             )
         if not 1 <= samples.shape[-1] <= meet.LARGEST:
             raise ValueError(f"a set has 1 to {meet.LARGEST} samples, not {samples.shape[-1]}")
+        if len({t.device for t in (targets, samples, valid)}) > 1 or valid.dtype != torch.bool:
+            raise ValueError("targets, samples and valid must be on one device, and valid boolean")
         as_sets, numbers = as_sets.detach().double(), numbers.detach().double().masked_fill(~valid_sets, 0.0)
-        if not (as_sets.isfinite().all() and numbers.abs().sum(1).isfinite().all()):
+        if not (as_sets.abs() + numbers.abs().sum(1, keepdim=True)).isfinite().all():
             raise ValueError("targets and samples must be finite: did the training diverge?")
         on_cpu = targets.device.type == "cpu"
         if kernel and not on_cpu:
             raise ValueError(f"the kernel runs on a CPU, not on {targets.device}: leave `kernel` out")
-        if kernel and not find_spec("numba"):
+        if kernel and not _compiles():
             raise ModuleNotFoundError("the kernel needs numba: pip install 'lottery-lightning[subset-sum]'")
-        kernel = bool(on_cpu and find_spec("numba")) if kernel is None else kernel
+        kernel = on_cpu and _compiles() if kernel is None else kernel
         return cls(as_sets, numbers, valid_sets, kernel, memory)
+
+
+@lru_cache(maxsize=1)
+def _compiles() -> bool:
+    """Whether numba is there and works with this NumPy; it is imported when the first question is asked."""
+    from lottery_callbacks.functional.subset_sum_kernels import njit
+
+    return njit is not None
 
 
 def _smallest(batch: _Batch, asked: Tensor, sizes: Sequence[int], tolerance: float | None, report: Report) -> Subsets:
@@ -246,6 +272,8 @@ def _jobs(batch: _Batch, size: int | None) -> Iterator[tuple[Tensor, slice, int]
             first = meet.split(n, each, size)
             a, b, most = meet.listed(first, size), max(n, meet.listed(n - first, size)), batch.memory // BYTES
             width = min(each, max(1, (most - a) // b))
+            if batch.kernel:  # few sets: their targets are shared among the threads, each of which files the a
+                width = min(width, max(1, -(-each * int((counts == n).sum()) // torch.get_num_threads())))
             height = min(most // (a + width * b), SMALL // max(n, width) if batch.kernel else most)
             for rows in (counts == n).nonzero().flatten().split(max(1, height)):
                 for begin in range(0, each, width):

@@ -6,8 +6,10 @@ The nearest pair is certain if its error is half a cell or less; c is chosen, fr
 subset's sum, so that this seldom fails. Where it does the cells grow, and the last resort is to order the a after all.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import comb
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +20,23 @@ from lottery_callbacks.functional.subset_sum_search import ELEMENT, subsets_of
 
 try:
     from numba import njit  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError:  # the module imports without it, and is used with it
+except ImportError:  # not there, or not made for this NumPy; the module imports without it
     njit = None
 
 MOST = np.iinfo(np.int64).max
 DONE, LAST_RESORT = -1, 57  # instead of a cell's width; a cell of 2^57 units would hold all sums
 NEAR = 20.0  # = 8 sqrt(2 pi): so that 8 to 16 sums are expected in a cell around the target
 SCATTER = uint64(0x9E3779B97F4A7C15)  # a cell's number times this, its high bits: sums on a coarse grid spread as well
-compiled = njit(nogil=True, cache=True) if njit else lambda function: function
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile it when it is first called, and keep the machine code for the next process where a folder may."""
+    if njit is None:
+        return function
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # a read-only installation of a user without a home
+        return njit(nogil=True)(function)
 
 
 def search(targets: Tensor, samples: Tensor, first: int, size: int | None) -> Tensor:
@@ -37,7 +48,7 @@ def search(targets: Tensor, samples: Tensor, first: int, size: int | None) -> Te
     return bits
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _plan(n: int, size: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The listed subsets' bits; for a size, too, the place of each without its last sample, and that sample."""
     bits, extended = subsets_of(n, size)

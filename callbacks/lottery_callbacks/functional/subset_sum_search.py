@@ -49,7 +49,7 @@ def sums(samples: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
     return sums, bits.to(samples.device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # 64 MB for 20 samples; two halves of this size, two of the last
 def subsets_of(n: int, size: int | None) -> tuple[Tensor, list[Tensor]]:
     """The bits, ascending, of n samples' subsets, of `size` or fewer if given; and the places each sample extends."""
     bits = counts = torch.zeros(1, dtype=torch.int64)

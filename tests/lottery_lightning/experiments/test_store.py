@@ -23,6 +23,13 @@ def test_an_equal_config_may_go_on_and_another_is_named_by_its_first_differing_k
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+def test_a_folder_where_someone_works_keeps_its_config_before_anything_is_done(tmp_path):
+    claim(tmp_path, {"lottery": {"levels": 9}})
+    with working_on(tmp_path / "trial_0"), pytest.raises(ValueError, match=r"lottery\.levels is 9 there and 3 now"):
+        claim(tmp_path, {"lottery": {"levels": 3}})
+    claim(tmp_path, {"lottery": {"levels": 3}})
+
+
 def test_a_folder_has_one_worker_and_a_dead_one_frees_it(tmp_path):
     hold = (
         "import os, signal, sys\n"

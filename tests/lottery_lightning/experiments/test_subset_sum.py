@@ -1,6 +1,8 @@
 import csv
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lottery_callbacks.functional.bounds import counting_size
 from lottery_lightning.cli import main
 from lottery_lightning.experiments import SubsetSum
 from lottery_lightning.experiments.runs import stable_seed
-from lottery_lightning.experiments.subset_sum import crossings_of, sentence, success_rows, wilson
+from lottery_lightning.experiments.subset_sum_report import crossings_of, sentence, success_rows, wilson
 
 
 def rows(path):
@@ -67,18 +69,32 @@ def test_a_rerun_solves_what_is_missing_alone_and_gives_the_same_files(tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sizes": [21]}, "2k samples to 40"),
-        ({"sizes": [4], "largest": 7}, "2k samples to 40"),
-        ({"largest_any": 41}, "2k samples to 40"),
+        ({"sizes": [21]}, "choose 2k to 40"),
+        ({"sizes": [4], "largest": 7}, "choose 2k to 40"),
+        ({"largest_any": 41}, "choose 2k to 40"),
         ({"eps": [0.0]}, "choose 0 < eps < 1"),
         ({"eps": []}, "at least one of each"),
         ({"trials": 0}, "at least one of each"),
+        ({"largest_any": -1}, "choose 2k to 40"),
+        ({"sizes": [2, 2]}, "give each of them once"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_it_begins(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         SubsetSum(tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_subsets_of_any_size_may_be_left_out_and_two_processes_share_the_cells(tmp_path):
+    run = [sys.executable, "-m", "lottery_lightning.cli", "subset-sum", "--run_dir", str(tmp_path), "--sizes", "[2, 3]"]
+    run += ["--trials", "2000", "--largest", "16", "--largest_any", "0", "--eps", "[0.1]"]
+    processes = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0].strip().splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert any("uniform_at_n_c" in lines[-1] for lines in outputs)
+    assert "bits_a_sample_any_size" not in (tmp_path / "results.json").read_text()
+    assert {row["size"] for row in rows(tmp_path / "success.csv")} == {"2", "3"}
+    assert len(rows(tmp_path / "success.csv")) == 2 * (13 + 11)
 
 
 def test_an_interval_holds_its_rate_and_never_leaves_the_unit_interval():
@@ -91,8 +107,9 @@ def test_an_interval_holds_its_rate_and_never_leaves_the_unit_interval():
 
 def test_sizes_whose_n_c_was_not_measured_or_is_the_least_n_are_left_out():
     cell = {"target": "uniform", "trials": 10, "successes": {"0.1": 5, "0.01": 5}}
-    cells = [{"size": 4, "n": n, **cell} for n in (8, 9, 10)]
+    cells = [{"size": 4, "n": n, **cell} for n in (8, 9, 10)] + [{"size": "any", "n": 4, **cell}]
     crossings = list(crossings_of(list(success_rows(cells, [0.1, 0.01]))))
-    assert [(row["size"], row["eps"], row["n_c"], row["at_2_n_c"]) for row in crossings] == [(4, 0.01, 10, None)]
+    found = [(row["size"], row["eps"], row["n_c"], row["at_2_n_c"]) for row in crossings]
+    assert found == [(4, 0.01, 10, None), ("any", 0.1, 4, None)]
     assert counting_size(4, 0.1) == 8  # = 2 k
     assert sentence({}) == "No n_c was measured."

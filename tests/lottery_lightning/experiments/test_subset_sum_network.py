@@ -48,7 +48,7 @@ def samples_of(weights, trial=0):
     low, high = min(float(w.min()) for w in weights.values()), max(float(w.max()) for w in weights.values())
     found = {}
     for name, weight in weights.items():
-        generator = torch.Generator().manual_seed(stable_seed(0, trial, name, "samples"))
+        generator = torch.Generator().manual_seed(stable_seed(trial, name, "samples"))
         found[name] = torch.rand(len(weight), 10, generator=generator, dtype=torch.float64) * (high - low) + low
     return found
 
@@ -162,6 +162,8 @@ def test_another_config_is_refused_by_the_name_of_its_key(finished, capsys):
         (["--tolerances", "[]"], "give one or more of each"),
         (["--tolerances", "[0]"], "above 0"),
         (["--trials", "0"], "give one or more of each"),
+        (["--tolerances", "[0.01, 0.0100000001]"], "give each of them once"),
+        (["--sizes", "[2, 2]"], "give each of them once"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_it_begins(tmp_path, capsys, words, message):
