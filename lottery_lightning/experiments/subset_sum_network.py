@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from lottery_callbacks import ApplyTicket, Pruning, RewindPoint, Ticket
-from lottery_callbacks.functional import masks as M
+from lottery_callbacks import Pruning
 from lottery_callbacks.functional.subset_sum import cost, subset_sum
-from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection, stable_seed
-from lottery_lightning.experiments.store import working_on, write_csv, write_json
-from lottery_lightning.experiments.subset_sum_network_report import report, rows_of
-from lottery_lightning.progress import ExperimentProgress
+from lottery_lightning.experiments.runs import Training, stable_seed
+from lottery_lightning.experiments.store import write_csv
+from lottery_lightning.experiments.subset_sum_network_report import report
+from lottery_lightning.experiments.targets import Targets, Work
 
 Row = dict[str, Any]
 SHARE = 0.02  # of a training's time, for an arm
@@ -100,12 +100,10 @@ class SubsetSumNetwork:
     ) -> None:
         if not 1 <= n <= 40 or not all(1 <= size <= n for size in sizes):
             raise ValueError(f"n={n}, sizes={list(sizes)}: choose n of 1 to 40 samples and sizes of 1 to n")
-        if trials < 1 or not tolerances or min(tolerances) <= 0:
-            raise ValueError(f"trials={trials}, tolerances={list(tolerances)}: give one or more of each, above 0")
-        if not Pruning().prunable(model):
-            raise ValueError(f"{type(model).__name__} has no weight matrix to approximate")
-        self.model, self.data, self.run_dir = model, data, Path(run_dir)
-        self.n, self.trials, self.training, self.seed = n, trials, training, seed
+        if not tolerances or min(tolerances) <= 0:
+            raise ValueError(f"tolerances={list(tolerances)}: give one or more, above 0")
+        self.targets = Targets(model, data, Path(run_dir), trials, training, seed)
+        self.run_dir, self.n = Path(run_dir), n
         least = min(tolerances)
         self.arms = [Arm("any", least), *(Arm("size", least, size) for size in sorted(sizes))]
         self.arms += [Arm("smallest", tolerance, size) for size in (0, 1) for tolerance in tolerances]
@@ -116,66 +114,30 @@ class SubsetSumNetwork:
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        runs = self.trials * (1 + SHARE * len(self.arms))
-        with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
-            config = {"n": self.n}
-            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), config)
-            for trial in range(self.trials):
-                with working_on(self._trial_dir(trial)) as mine:
-                    if mine:
-                        self._run_trial(trial, runner, progress)
-                    else:
-                        progress.console.print(f"trial {trial} is left to the process that works on it")
-        plans = [
-            [self._run_of(trial, arm) for arm in (None, *self.arms, *self.controls)] for trial in range(self.trials)
-        ]
-        if any(run.record is None for plan in plans for run in plan):
-            print("some arms are left to another process; the last to finish reports")
-            return
-        report([row for target, *arms in plans for row in rows_of(target, arms)], self.run_dir, self.n)
+        arms = {str(arm): partial(self._approximate, arm) for arm in (*self.arms, *self.controls)}
+        if rows := self.targets.run(arms, {"n": self.n}, SHARE):
+            report(rows, self.run_dir, self.n)
 
-    def _run_trial(self, trial: int, runner: Runner, progress: ExperimentProgress) -> None:
-        target = self._run_of(trial, None)
-        if target.record is None:
-            progress.start(f"trial {trial} target")
-            self._train(target, runner)
-        progress.finish(None)
-        saved = torch.load(target.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-        model = runner.fresh_model(self.seed + trial)
-        for arm in (*self.arms, *self.controls):
-            run = self._run_of(trial, arm)
-            if run.record is None:
-                progress.start(f"trial {trial} {arm}", SHARE if arm in self.arms else 0.0)
-                model.load_state_dict(saved)
-                write_json(run.run_dir / "result.json", self._approximate(run, arm, model, runner, progress))
-                progress.finish(None)
-
-    def _train(self, run: Run, runner: Runner) -> None:
-        """The dense network, as the ticket that keeps all weights."""
-        seed = self.seed + run.trial
-        everything = Ticket(M.ones(Pruning().prunable(self.model)), RewindPoint(0, {}))
-        runner.do(run, seed, ApplyTicket(everything, weights="reinit", seed=seed))
-
-    def _approximate(
-        self, run: Run, arm: Arm, model: L.LightningModule, runner: Runner, progress: ExperimentProgress
-    ) -> Row:
+    def _approximate(self, arm: Arm, work: Work) -> Row:
         """Replace the model's weights in place; what was found of them, and how accurate they are."""
-        weights = {name: weight.detach() for name, weight in Pruning().prunable(model).items()}
+        weights = {name: weight.detach() for name, weight in Pruning().prunable(work.model).items()}
         values = torch.cat([weight.flatten() for weight in weights.values()])
         if arm in self.controls:
             found = _remove(weights, values, arm.tolerance)
         else:
-            found = self._sum(run, arm, weights, values, progress)
+            found = self._sum(arm, work, weights, values)
         errors = (values - torch.cat([weight.flatten() for weight in weights.values()])).abs()
         found |= {"weights": len(values), "kept_ratio": found["kept"] / len(values)}
         found |= {"median_error": errors.median().item(), "max_error": errors.max().item()}
-        accuracy = runner.test(run, model, found)
-        return vars(arm) | {"trial": run.trial, "question": str(arm), **found, "accuracy": accuracy}
+        return vars(arm) | found | {"accuracy": work.runner.test(work.run, work.model, found)}
 
-    def _sum(self, run: Run, arm: Arm, weights: dict[str, Tensor], values: Tensor, progress: ExperimentProgress) -> Row:
-        instances = {name: (w.flatten(1), self._samples(run.trial, name, w, values)) for name, w in weights.items()}
+    def _sum(self, arm: Arm, work: Work, weights: dict[str, Tensor], values: Tensor) -> Row:
+        progress = work.progress
+        instances = {name: (w.flatten(1), self._samples(work.seed, name, w, values)) for name, w in weights.items()}
         additions = sum(cost(*instance, arm.sizes(self.n)).additions for instance in instances.values())
-        progress.console.print(f"trial {run.trial} {arm}: {len(values):,} weights, {additions:.2g} additions at most")
+        progress.console.print(
+            f"trial {work.run.trial} {arm}: {len(values):,} weights, {additions:.2g} additions at most"
+        )
         count: Row = {"kept": 0, "empty": 0, "misses": 0, "seconds": 0.0}
         misses: list[Row] = []
         behind = 0
@@ -196,21 +158,14 @@ class SubsetSumNetwork:
                 misses.append({"layer": name, "row": row, "column": column, "weight": weight, "sum": total})
             weights[name].copy_(found.sums.view_as(weights[name]))
         if misses:
-            write_csv(run.run_dir / "misses.csv", misses)
+            write_csv(work.run.run_dir / "misses.csv", misses)
         return count | {"misses": len(misses)}
 
-    def _samples(self, trial: int, name: str, weight: Tensor, values: Tensor) -> Tensor:
+    def _samples(self, seed: int, name: str, weight: Tensor, values: Tensor) -> Tensor:
         """Samples of each row, uniform between the least and the greatest of all weights; the same for each arm."""
-        generator = torch.Generator().manual_seed(stable_seed(self.seed + trial, name, "samples"))
+        generator = torch.Generator().manual_seed(stable_seed(seed, name, "samples"))
         unit = torch.rand(len(weight), self.n, generator=generator, dtype=torch.float64)
         return unit * (values.max() - values.min()) + values.min()
-
-    def _run_of(self, trial: int, arm: Arm | None) -> Run:
-        name = "target" if arm is None else str(arm).replace(", ", "_").replace(" = ", "_").replace(" ", "_")
-        return Run(self._trial_dir(trial) / name, trial, 0, name)
-
-    def _trial_dir(self, trial: int) -> Path:
-        return self.run_dir / f"trial_{trial}"
 
 
 def _remove(weights: dict[str, Tensor], values: Tensor, tolerance: float) -> Row:

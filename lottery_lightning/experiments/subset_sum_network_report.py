@@ -1,7 +1,7 @@
 """What the subset sum of a network's weights found: rows, table, CSV, figure, finding and one line of JSON."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lottery_callbacks.ticket import write_atomically
-from lottery_lightning.experiments.runs import Run
 from lottery_lightning.experiments.store import write_csv, write_json
+from lottery_lightning.experiments.targets import by_question
 from lottery_lightning.figures import network_figure
 
 Row = dict[str, Any]
@@ -35,20 +35,6 @@ def report(rows: Sequence[Row], run_dir: Path, n: int) -> None:
     print(f"\n{run_dir / 'results.csv'}, {figure}, misses in {run_dir}/trial_*/*/misses.csv")
     print(sentence(found))
     print(json.dumps(summary))
-
-
-def rows_of(target: Run, arms: Sequence[Run]) -> Iterator[Row]:
-    """One row an arm, with the accuracy of the trained network that it approximates."""
-    accuracy = (target.record or {})["test_acc_end"]
-    for arm in arms:
-        record = arm.record or {}
-        difference = record["accuracy"] - accuracy
-        yield record | {"target_accuracy": accuracy, "accuracy_minus_target": difference}
-
-
-def by_question(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each question, one a trial, in the order of the first trial."""
-    return [[row for row in rows if row["question"] == name] for name in dict.fromkeys(row["question"] for row in rows)]
 
 
 def over_trials(rows: Sequence[Row], key: str) -> float:

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 
 import pytest
@@ -31,11 +33,9 @@ def finished(tmp_path_factory):
     config = folder / "options.yaml"
     config.write_text(OPTIONS.format(folder=folder / "run", trials=2))
     options = ["subset-sum-network", "--config", str(config)]
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(options) == 0
-    return folder / "run", options, printed
+    return folder / "run", options, printed.getvalue().strip().splitlines()
 
 
 def weights_of(run, trial=0):
@@ -84,12 +84,12 @@ def test_every_arm_is_what_the_solver_says_of_each_row(finished):
 def test_accuracies_are_those_of_a_network_with_these_weights(finished):
     run, options, _ = finished
     experiment, _ = build("subset-sum-network", options[1:])
-    experiment.data.setup("test")
-    images, labels = experiment.data.splits["test"]
+    experiment.targets.data.setup("test")
+    images, labels = experiment.targets.data.splits["test"]
     weights = weights_of(run)
     samples, rows = samples_of(weights), rows_of(run)
     saved = torch.load(run / "trial_0" / "target" / "final.ckpt", weights_only=True)["state_dict"]
-    network = experiment.model.eval()
+    network = experiment.targets.model.eval()
 
     def accuracy():
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_accuracies_are_those_of_a_network_with_these_weights(finished):
 def test_misses_are_listed_one_by_one(finished):
     run, _, _ = finished
     weights = weights_of(run)
-    with (run / "trial_0" / "k_2" / "misses.csv").open() as file:
+    with (run / "trial_0" / "k__2" / "misses.csv").open() as file:
         misses = list(csv.DictReader(file))
     assert len(misses) == rows_of(run)["k = 2"]["misses"] > 0
     for miss in misses:
@@ -137,7 +137,7 @@ def test_a_rerun_goes_on_where_it_stopped_and_ends_with_the_same_rows(finished):
     run, options, _ = finished
     before, target = (run / "results.csv").read_text(), run / "trial_0" / "target" / "final.ckpt"
     trained = target.stat().st_mtime_ns
-    for name in ("k_3", "magnitude_0.05"):
+    for name in ("k__3", "magnitude_0.05"):
         (run / "trial_0" / name / "result.json").unlink()
     assert main(options) == 0
     assert target.stat().st_mtime_ns == trained
@@ -159,9 +159,9 @@ def test_another_config_is_refused_by_the_name_of_its_key(finished, capsys):
     [
         (["--n", "41"], "choose n of 1 to 40"),
         (["--sizes", "[11]"], "sizes of 1 to n"),
-        (["--tolerances", "[]"], "give one or more of each"),
+        (["--tolerances", "[]"], "give one or more, above 0"),
         (["--tolerances", "[0]"], "above 0"),
-        (["--trials", "0"], "give one or more of each"),
+        (["--trials", "0"], "trials=0"),
         (["--tolerances", "[0.01, 0.0100000001]"], "give each of them once"),
         (["--sizes", "[2, 2]"], "give each of them once"),
     ],
