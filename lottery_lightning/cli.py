@@ -4,6 +4,7 @@ commands:
   lottery                      winning tickets by iterative magnitude pruning, and their controls
   subset-sum                   how often random samples have a subset near a target, beside the theorems' sizes
   subset-sum-network           a trained network whose weights are sums of random samples
+  strong-ticket                random networks pruned, never trained, into the approximation of a trained one
   fit, validate, test, predict one run under LightningCLI
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
@@ -31,11 +32,16 @@ import lottery_callbacks  # noqa: F401
 import lottery_lightning.networks  # noqa: F401
 from lottery_lightning import __version__
 from lottery_lightning.data import TensorDataModule  # noqa: F401
-from lottery_lightning.experiments import Lottery, SubsetSum, SubsetSumNetwork
+from lottery_lightning.experiments import Lottery, StrongTickets, SubsetSum, SubsetSumNetwork
 from lottery_lightning.experiments.store import claim
 from lottery_lightning.tasks import ImageClassifier  # noqa: F401
 
-EXPERIMENTS = {"lottery": Lottery, "subset-sum": SubsetSum, "subset-sum-network": SubsetSumNetwork}
+EXPERIMENTS = {
+    "lottery": Lottery,
+    "subset-sum": SubsetSum,
+    "subset-sum-network": SubsetSumNetwork,
+    "strong-ticket": StrongTickets,
+}
 LIGHTNING = ("fit", "validate", "test", "predict")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

@@ -2,7 +2,8 @@
 
 from lottery_lightning.experiments.lottery import Lottery, Rule
 from lottery_lightning.experiments.runs import Training
+from lottery_lightning.experiments.strong_tickets import StrongTickets
 from lottery_lightning.experiments.subset_sum import SubsetSum
 from lottery_lightning.experiments.subset_sum_network import SubsetSumNetwork
 
-__all__ = ["Lottery", "Rule", "SubsetSum", "SubsetSumNetwork", "Training"]
+__all__ = ["Lottery", "Rule", "StrongTickets", "SubsetSum", "SubsetSumNetwork", "Training"]

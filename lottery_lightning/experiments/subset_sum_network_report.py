@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lottery_callbacks.ticket import write_atomically
 from lottery_lightning.experiments.store import write_csv, write_json
-from lottery_lightning.experiments.targets import by_question
+from lottery_lightning.experiments.targets import by_question, over_trials
 from lottery_lightning.figures import network_figure
 
 Row = dict[str, Any]
@@ -35,11 +35,6 @@ def report(rows: Sequence[Row], run_dir: Path, n: int) -> None:
     print(f"\n{run_dir / 'results.csv'}, {figure}, misses in {run_dir}/trial_*/*/misses.csv")
     print(sentence(found))
     print(json.dumps(summary))
-
-
-def over_trials(rows: Sequence[Row], key: str) -> float:
-    """The mean, of the largest error the largest."""
-    return (max if key == "max_error" else mean)(row[key] for row in rows)
 
 
 def finding(rows: Sequence[Row], n: int) -> Row:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import lightning.pytorch as L
@@ -15,6 +16,7 @@ from lottery_lightning.experiments.store import working_on, write_json
 from lottery_lightning.progress import ExperimentProgress
 
 Row = dict[str, Any]
+LARGEST = ("max_error", "certified", "found")
 PLAIN = str.maketrans({" ": "_", ",": None, "=": None})  # of the names of arms, for folders
 
 
@@ -134,3 +136,8 @@ def row_of(run: Run, target: Run) -> Row:
 def by_question(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each arm, one a trial, in the order of the first trial."""
     return [[row for row in rows if row["question"] == name] for name in dict.fromkeys(row["question"] for row in rows)]
+
+
+def over_trials(rows: Sequence[Row], key: str) -> float:
+    """The mean of an arm's figure over trials; of the largest error, the certified and the found one the largest."""
+    return (max if key in LARGEST else mean)(row[key] for row in rows)

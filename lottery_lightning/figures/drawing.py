@@ -1,6 +1,8 @@
 """What all figures share; matplotlib is imported when the first is drawn."""
 
 import io
+from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 
@@ -19,3 +21,10 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def errorbar(axis: Any, x: float, values: Sequence[float], **style: Any) -> None:
+    """One point: the mean, with a bar from the least to the greatest value."""
+    middle = mean(values)
+    ends = [[middle - min(values)], [max(values) - middle]]
+    axis.errorbar([x], [middle], ends, ls="", ms=5, capsize=2, **style)

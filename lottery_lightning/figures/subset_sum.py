@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from lottery_callbacks.functional.bounds import counting_size, rfss_size
-from lottery_lightning.figures.drawing import canvas, png
+from lottery_lightning.figures.drawing import canvas, errorbar, png
 
 Row = dict[str, Any]
 
@@ -83,9 +83,9 @@ def network_figure(cells: Sequence[Sequence[Row]], n: int) -> bytes:
     errors, kept, accuracy = figure.subplots(1, 3)
     names = [cell[0]["question"] for cell in cells]
     for place, cell in enumerate(cells):
-        _bar(errors, place, [row["median_error"] for row in cell], "C0", "o")
-        _bar(errors, place, [row["max_error"] for row in cell], "C1", "^")
-        _bar(kept, place, [row["kept_ratio"] for row in cell], "C0", "o")
+        errorbar(errors, place, [row["median_error"] for row in cell], color="C0", marker="o")
+        errorbar(errors, place, [row["max_error"] for row in cell], color="C1", marker="^")
+        errorbar(kept, place, [row["kept_ratio"] for row in cell], color="C0", marker="o")
     for axis in (errors, kept):
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         axis.grid(alpha=0.25)
@@ -107,7 +107,7 @@ def network_figure(cells: Sequence[Sequence[Row]], n: int) -> bytes:
         for cell in cells:
             if cell[0]["name"] == arm:
                 values = [100 * row["accuracy_minus_target"] for row in cell]
-                _bar(accuracy, mean(row["kept_ratio"] for row in cell), values, style["color"], style["marker"])
+                errorbar(accuracy, mean(row["kept_ratio"] for row in cell), values, **style)
         accuracy.plot([], [], ls="", **style, label=name)
     accuracy.axhline(0, color="grey", lw=0.8)
     accuracy.set_yscale("symlog", linthresh=1)  # one sample a weight loses ten points and more
@@ -118,9 +118,3 @@ def network_figure(cells: Sequence[Sequence[Row]], n: int) -> bytes:
     trials = len(cells[0])
     figure.suptitle(f"weights as sums of n = {n} samples; trials: {trials}; mean, bars from min to max")
     return png(figure)
-
-
-def _bar(axis: Any, x: float, values: Sequence[float], colour: str, marker: str) -> None:
-    middle = mean(values)
-    ends = [[middle - min(values)], [max(values) - middle]]
-    axis.errorbar([x], [middle], ends, color=colour, marker=marker, ls="", ms=5, capsize=2)

@@ -1,0 +1,199 @@
+"""How far a network may be from its target on the unit ball: a bound that is proved, and the worst that is found.
+
+Both are in float64 and of the Euclidean norm of the outputs. A layer W x + b of the target is approximated by
+P x+ + N x- + c, where x = x+ - x-. The difference (P - W) x+ + (N + W) x- has norm delta |x| at most, with the spectral
+norm delta = ||[P - W, N + W]||, since |x+|^2 + |x-|^2 = |x|^2. Let e bound the distance of the two networks before
+layer i, and r the norm of the approximation's values there, e = 0 and r = 1 at the input. After it
+
+    e' = ||W|| e + delta r + |c - b|,    r' = (||W|| + delta) r + |c|.
+
+Without biases this is sum_i delta_i prod_{j<i} (||W_j|| + delta_j) prod_{j>i} ||W_j||; a bias enters by what it adds to
+r, and by its own error. Behind a ReLU x- = 0, and delta may be ||P - W|| alone, which is sharper. ReLU changes neither
+e nor r, a pooling multiplies both by its Lipschitz constant.
+
+Of a convolution, ||W|| and delta are the spectral norm of the unrolled kernels (out, in * taps) times the square root
+of the number of windows that a pixel is in: the number of taps, for stride 1. A bias is counted at each place.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, gcd, prod
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """A layer of the target and what stands for it, in float64.
+
+    Attributes:
+        weight: W (out, in, ...) of the target.
+        bias: b (out,), zeros where it has none.
+        positive: P, in the shape of W.
+        negative: N.
+        constant: c (out,).
+        product: the linear map: (values, W) -> W values.
+        stretch: its norm is this, at most, times the spectral norm of W (out, everything else).
+        nonnegative: whether inputs are known to be >= 0; then N plays no part.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    positive: Tensor
+    negative: Tensor
+    constant: Tensor
+    product: Callable[[Tensor, Tensor], Tensor]
+    stretch: float
+    nonnegative: bool
+
+    def target(self, values: Tensor) -> Tensor:
+        """What the target's layer computes."""
+        values = self.product(values, self.weight)
+        return values + self._shaped(self.bias, values)
+
+    def approximation(self, values: Tensor) -> Tensor:
+        """What stands for it computes."""
+        sums = self.product(values.relu(), self.positive)
+        if not self.nonnegative:
+            sums = sums + self.product((-values).relu(), self.negative)
+        return sums + self._shaped(self.constant, sums)
+
+    def norm(self) -> float:
+        """A bound of ||W||: the norm itself, for a matrix."""
+        return self.stretch * _spectral_norm(self.weight)
+
+    def delta(self, nonnegative: bool) -> float:
+        """A bound of ||[P - W, N + W]||, of ||P - W|| for inputs >= 0."""
+        errors = [self.positive - self.weight]
+        if not (self.nonnegative or nonnegative):
+            errors.append(self.negative + self.weight)
+        return self.stretch * _spectral_norm(torch.cat(errors, dim=1))
+
+    def _shaped(self, bias: Tensor, values: Tensor) -> Tensor:
+        return bias.view(-1, 1, 1) if self.weight.ndim == 4 else bias
+
+
+@dataclass(frozen=True)
+class Error:
+    """A distance of the rescaled networks' outputs.
+
+    Attributes:
+        value: the distance.
+        norms: the bound of each layer's ||W||, as in the certificate.
+    """
+
+    value: float
+    norms: tuple[float, ...]
+
+    @property
+    def normalised(self) -> float:
+        """Divided by the product of the norms: the same however the layers are scaled."""
+        return self.value / prod(self.norms)
+
+
+def certificate(steps: Sequence[Approximated | nn.Module], shape: Sequence[int], behind_relu: bool = False) -> Error:
+    """An upper bound of the distance on all inputs of norm 1 or less; with >= 0, where inputs are known to be.
+
+    Args:
+        steps: approximated layers, and between them ReLU, pooling and flattening.
+        shape: of one input.
+        behind_relu: use that x- = 0 there, also in tickets that do not rely on it.
+    """
+    error, radius, norms, nonnegative = 0.0, 1.0, [], False
+    values = _zeros(steps, (1, *shape))
+    for step in steps:
+        before, values = values, step.target(values) if isinstance(step, Approximated) else step(values)
+        if isinstance(step, Approximated):
+            norm, delta, places = step.norm(), step.delta(nonnegative and behind_relu), values.numel() / len(step.bias)
+            added = [places**0.5 * float(bias.norm()) for bias in (step.constant - step.bias, step.constant)]
+            error, radius = norm * error + delta * radius + added[0], (norm + delta) * radius + added[1]
+            norms.append(norm)
+            nonnegative = False
+        else:
+            lipschitz = _lipschitz(step, before)
+            error, radius = lipschitz * error, lipschitz * radius
+            nonnegative |= isinstance(step, nn.ReLU)
+    return Error(error, tuple(norms))
+
+
+def searched_error(
+    steps: Sequence[Approximated | nn.Module], shape: Sequence[int], count: int, restarts: int, seed: int
+) -> Error:
+    """The largest distance that gradient ascent finds there: a lower bound of the largest that there is.
+
+    `count` steps from each of `restarts` random inputs at once; a step has length 0.5 at first and 0.005 at the end.
+    """
+    layers = [step for step in steps if isinstance(step, Approximated)]
+    nonnegative, device = layers[0].nonnegative, layers[0].weight.device
+
+    def into_ball(points: Tensor) -> Tensor:
+        points = points.clamp(min=0.0) if nonnegative else points
+        return points / _norms(points).clamp(min=1.0)
+
+    def distance(points: Tensor) -> Tensor:
+        target = approximation = points
+        for step in steps:
+            target, approximation = (
+                (step.target(target), step.approximation(approximation))
+                if isinstance(step, Approximated)
+                else (step(target), step(approximation))
+            )
+        return (target - approximation).flatten(1).norm(dim=1)
+
+    points = torch.randn(restarts, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
+    points = into_ball(points * 1e3)
+    largest = float(distance(torch.zeros_like(points[:1])))  # of the biases
+    for turn in range(count + 1):
+        points.requires_grad_()
+        with torch.enable_grad():
+            distances = distance(points)
+            (slope,) = torch.autograd.grad(distances.sum(), points)
+        largest = max(largest, float(distances.detach().max()))
+        length = 0.5 * 0.01 ** (turn / max(1, count))
+        points = into_ball(points.detach() + length * slope / _norms(slope).clamp(min=1e-300))
+    return Error(largest, tuple(layer.norm() for layer in layers))
+
+
+def overlaps(kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> int:
+    """The most windows that one pixel is in.
+
+    >>> overlaps((3, 3), (1, 1), (1, 1)), overlaps((3, 2), (2, 2), (1, 1)), overlaps((3, 3), (2, 2), (2, 2))
+    (9, 2, 9)
+    """
+    return prod(ceil(k * gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
+
+
+def _lipschitz(step: nn.Module, before: Tensor) -> float:
+    if isinstance(step, nn.MaxPool2d):
+        kernel, stride, dilation = (_pair(size) for size in (step.kernel_size, step.stride, step.dilation))
+        return overlaps(kernel, stride, dilation) ** 0.5
+    if isinstance(step, nn.AvgPool2d | nn.AdaptiveAvgPool2d):  # linear, >= 0: the root of its 1-norm times its max-norm
+        ones = torch.ones_like(before[:1], requires_grad=True)
+        with torch.enable_grad():
+            rows = step(ones)
+            (columns,) = torch.autograd.grad(rows.sum(), ones)
+        return float((rows.detach().max() * columns.max()).sqrt())
+    return 1.0  # ReLU, Flatten
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _spectral_norm(weight: Tensor) -> float:
+    """The root of the greatest eigenvalue of the smaller Gram matrix."""
+    matrix = weight.flatten(1)
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
+
+
+def _norms(points: Tensor) -> Tensor:
+    return points.flatten(1).norm(dim=1).view(-1, *[1] * (points.ndim - 1))
+
+
+def _zeros(steps: Sequence[Approximated | nn.Module], shape: Sequence[int]) -> Tensor:
+    device = next(step.weight.device for step in steps if isinstance(step, Approximated))
+    return torch.zeros(*shape, dtype=torch.float64, device=device)
