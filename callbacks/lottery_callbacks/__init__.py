@@ -9,6 +9,8 @@ from lottery_callbacks.nm_pruning import NMPruning
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint
 from lottery_callbacks.sparsity_monitor import SparsityMonitor
+from lottery_callbacks.strong_network import StrongNetwork, strong_network
+from lottery_callbacks.subset_sum_ticket import SubsetSumTicket
 from lottery_callbacks.ticket import Ticket
 from lottery_callbacks.validate_every import ValidateEvery
 from lottery_callbacks.validation_curve import ValidationCurve
@@ -23,9 +25,12 @@ __all__ = [
     "ResumeCheckpoint",
     "RewindPoint",
     "SparsityMonitor",
+    "StrongNetwork",
+    "SubsetSumTicket",
     "Ticket",
     "ValidateEvery",
     "ValidationCurve",
     "export_onnx",
     "newest_checkpoint",
+    "strong_network",
 ]

@@ -11,10 +11,21 @@ from lottery_lightning.cli import EXPERIMENTS, LIGHTNING, main
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")  # W&B's own form
 
-WIDTHS = "--model.init_args.network.init_args.widths"
 SMALL = {  # what makes an experiment short
+    "strong-ticket": [
+        "--trials",
+        "1",
+        "--training.max_steps",
+        "2",
+        "--ns",
+        "[3]",
+        "--sizes",
+        "[2]",
+        "--search_steps",
+        "2",
+    ],
     "subset-sum": ["--trials", "3", "--sizes", "[2, 3]", "--largest", "6", "--largest_any", "4"],
-    "subset-sum-network": ["--trials", "1", "--training.max_steps", "2", "--n", "8", WIDTHS, "[784, 8, 10]"],
+    "subset-sum-network": ["--trials", "1", "--training.max_steps", "2", "--n", "8"],
 }
 
 
@@ -63,6 +74,8 @@ def test_config_runs(path, tmp_path, files):
         expected = 2 + sum(content["controls"].values())
     elif command in EXPERIMENTS:
         run += ["--run_dir", str(tmp_path / "run"), *SMALL[command]]
+        if "widths: [784" in path.read_text():
+            run += ["--model.init_args.network.init_args.widths", "[784, 8, 10]"]
     else:
         run = [command, *run, "--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path)]
     assert main(run) == 0

@@ -1,0 +1,115 @@
+"""The strong ticket of whatever a fit has trained."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lottery_callbacks.chain_of import chain_of
+from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.strong_edges import Inputs, Split
+from lottery_callbacks.strong_network import StrongNetwork, strong_network
+
+
+class SubsetSumTicket(L.Callback):
+    """At the end of a fit builds the strong ticket of the trained network, and compares them on the validation data.
+
+    The ticket is what `strong_network` builds by subset sums (arXiv 2006.07990, 2410.14754): a random network of twice
+    the depth, pruned, whose weights nobody trained. The module is left as it is; fits are not changed. Loggers get, at
+    the last step, `strong/density`, `strong/kept_ratio` (kept weights for each of the target's), `strong/weight_error`
+    (the largest, of the rescaled weights), `strong/output_difference` (the largest on the data), and, where batches are
+    (inputs, class labels), `strong/accuracy` and `strong/target_accuracy`.
+
+    After the fit `ticket` holds the `StrongNetwork` and `found` these figures. Under DDP each process compares on its
+    own part of the data, and the first one's figures are logged. Cost: see `strong_network`, and one pass over the data.
+
+    Args:
+        n: half the hidden units of an input.
+        size: exactly that many products for each weight and sign; None for sums of any size.
+        tolerance: without `size`, the smallest sums within it.
+        network: name of the submodule to approximate; None for the module itself.
+        split: see `strong_network`.
+        inputs: "nonnegative" where the network's inputs are known to be >= 0.
+        seed: of the random network.
+
+    Raises:
+        ValueError: at setup, names a layer that cannot be treated.
+    """
+
+    def __init__(
+        self,
+        n: int = 30,
+        size: int | None = 3,
+        tolerance: float | None = None,
+        network: str | None = None,
+        split: Split = "sign",
+        inputs: Inputs = "any",
+        seed: int = 0,
+    ) -> None:
+        if n < 1 or (size is not None and size < 1):
+            raise ValueError(f"n={n}, size={size}: choose 1 or more")
+        self.question: dict[str, Any] = {"n": n, "size": size, "tolerance": tolerance, "seed": seed}
+        self.question |= {"split": split, "inputs": inputs}
+        self.network = network
+        self.ticket: StrongNetwork | None = None
+        self.found: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            chain_of(self._target(pl_module))
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        target = self._target(pl_module)
+        self.ticket = ticket = strong_network(target, **self.question)
+        weights = sum(parameter.numel() for parameter in target.parameters())
+        errors = [error for one in ticket.tickets for error in (one.errors, one.bias_errors) if error.numel()]
+        self.found = {
+            "strong/density": ticket.density,
+            "strong/kept_ratio": sum(ticket.counts) / weights,
+            "strong/weight_error": max(float(error.max()) for error in errors),
+        }
+        with evaluating(pl_module):
+            self.found |= self._compare(trainer, pl_module, ticket)
+        for logger in trainer.loggers:
+            logger.log_metrics(self.found, step=trainer.global_step)
+        told = ", ".join(f"{key.removeprefix('strong/')} {value:.4g}" for key, value in self.found.items())
+        rank_zero_info(f"strong ticket: {told}")
+
+    def _compare(self, trainer: L.Trainer, module: L.LightningModule, ticket: StrongNetwork) -> dict[str, float]:
+        """What the module gives for the validation data, and what it gives with the ticket in its place."""
+        difference, right, count, seen = 0.0, [0, 0], 0, False
+        for inputs, *others in _batches(trainer, module):
+            outputs = [module(inputs), ticket(inputs) if self.network is None else self._with(ticket, module, inputs)]
+            difference, seen = max(difference, float((outputs[0] - outputs[1]).abs().max())), True
+            labels = others[0] if others else None
+            if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == outputs[0].shape[:1]:
+                right = [so_far + int((o.argmax(1) == labels).sum()) for so_far, o in zip(right, outputs, strict=True)]
+                count += len(labels)
+        found = {"strong/output_difference": difference} if seen else {}
+        if count:
+            found |= {"strong/target_accuracy": right[0] / count, "strong/accuracy": right[1] / count}
+        return found
+
+    def _with(self, ticket: StrongNetwork, module: L.LightningModule, inputs: Any) -> Tensor:
+        name, target = str(self.network), self._target(module)
+        module.set_submodule(name, ticket)
+        try:
+            return module(inputs)
+        finally:
+            module.set_submodule(name, target)
+
+    def _target(self, module: nn.Module) -> nn.Module:
+        return module if self.network is None else module.get_submodule(self.network)
+
+
+def _batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[Any, ...]]:
+    """Inputs and what comes with them, of the validation data, on the module's device."""
+    loaders: Any = trainer.val_dataloaders or []
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        for batch in loader:
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+            yield tuple(batch) if isinstance(batch, list | tuple) else (batch,)
