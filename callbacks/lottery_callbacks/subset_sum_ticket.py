@@ -24,7 +24,7 @@ class SubsetSumTicket(L.Callback):
     (inputs, class labels), `strong/accuracy` and `strong/target_accuracy`.
 
     After the fit `ticket` holds the `StrongNetwork` and `found` these figures. Under DDP each process compares on its
-    own part of the data, and the first one's figures are logged. Cost: see `strong_network`, and one pass over the data.
+    own part of the data, and the first one's figures are logged. Cost: `strong_network`'s, and one pass over the data.
 
     Args:
         n: half the hidden units of an input.
