@@ -9,6 +9,7 @@ from lottery_callbacks.nm_pruning import NMPruning
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint
 from lottery_callbacks.sparsity_monitor import SparsityMonitor
+from lottery_callbacks.strong_file import load_strong_ticket, save_strong_ticket
 from lottery_callbacks.strong_network import StrongNetwork, strong_network
 from lottery_callbacks.subset_sum_ticket import SubsetSumTicket
 from lottery_callbacks.ticket import Ticket
@@ -31,6 +32,8 @@ __all__ = [
     "ValidateEvery",
     "ValidationCurve",
     "export_onnx",
+    "load_strong_ticket",
     "newest_checkpoint",
+    "save_strong_ticket",
     "strong_network",
 ]

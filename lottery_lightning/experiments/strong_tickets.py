@@ -11,6 +11,7 @@ import torch
 
 from lottery_callbacks.chain_of import chain_of
 from lottery_callbacks.functional.strong_edges import Inputs, Split
+from lottery_callbacks.strong_file import save_strong_ticket
 from lottery_callbacks.strong_network import StrongNetwork, strong_network
 from lottery_lightning.experiments.runs import Training, stable_seed
 from lottery_lightning.experiments.store import write_csv
@@ -34,7 +35,7 @@ class StrongTickets:
     reach, the largest error on the unit ball as proved and as found by search (both divided by the product of the
     layers' norms), and test accuracy. All kept weights are regenerated from their addresses and compared. Finished arms
     are skipped on a rerun, a torn training is resumed. At the end: table, results.csv, figure, one sentence of finding,
-    one line of JSON.
+    one line of JSON; each arm's folder has its ticket (`load_strong_ticket`).
 
     Args:
         model: the LightningModule; it logs `val/loss` and `test/acc`, and is initialised by `reset_parameters`.
@@ -97,6 +98,7 @@ class StrongTickets:
         ticket = strong_network(target, seed=seed, n=n, progress=work.progress.tell, **question, **self.options)
         seconds = time.perf_counter() - began
         ticket.verify()
+        save_strong_ticket(ticket, work.run.run_dir / "ticket.safetensors")
         limit = question.get("tolerance", self.miss)
         problems = list(problems_of(ticket, limit))
         if problems:
