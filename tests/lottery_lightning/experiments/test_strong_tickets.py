@@ -14,6 +14,7 @@ from lottery_lightning.experiments.runs import stable_seed
 OPTIONS = """
 run_dir: {folder}
 ns: [6, 12]
+any_size: [6, 12]
 sizes: [2]
 tolerances: [0.05]
 trials: 2
@@ -94,9 +95,10 @@ def test_the_finding_is_the_last_line_and_a_rerun_changes_nothing(finished):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ns", "[0]"], "all are above 0"),
-        (["--ns", "[6, 6]"], "give each of them once"),
-        (["--sizes", "[]", "--tolerances", "[]", "--any_size", "false"], "one question at least"),
+        (["--ns", "[0]", "--any_size", "[]"], "all are above 0"),
+        (["--any_size", "[7]"], "none of ns"),
+        (["--ns", "[6, 6]", "--any_size", "[6]"], "give each of them once"),
+        (["--sizes", "[]", "--tolerances", "[]", "--any_size", "[]"], "one question at least"),
         (["--model.init_args.network", "ResNet20"], "cannot be treated|does not take"),
     ],
 )
