@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +28,17 @@ def chain_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
         ValueError: names a layer or call that is not one of those, or that does not take what the last one gave.
     """
     whole = nn.Sequential(network)  # a lone layer would be traced into its functional form
+    before = [(part, dict(vars(part))) for part in network.modules()]  # a forward pass may count, or keep what it saw
     with evaluating(network):
         try:
             graph = symbolic_trace(whole).graph
         except Exception as error:  # torch.fx raises many
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{type(network).__name__} cannot be traced ({reason}): give {TREATED}") from error
+        finally:
+            for part, state in before:
+                vars(part).clear()
+                vars(part).update(state)
     previous: Node | None = None
     shapes: set[Node] = set()
     steps: list[tuple[str, nn.Module]] = []
@@ -67,9 +73,23 @@ def _modules(node: Node, name: str, whole: nn.Module) -> list[nn.Module]:
         except (KeyError, TypeError, ValueError):
             modules = [nn.Module()]
     for module in modules:
+        if isinstance(module, nn.Linear | nn.Conv2d) and {"weight", "bias"} & vars(module).keys():
+            raise ValueError(
+                f"{name} ({called}) has a weight that a hook sets, maybe of the step before: make it permanent "
+                "(torch.nn.utils.prune.remove, remove_weight_norm)"
+            )
         if not isinstance(module, KEPT) or not _treated(module):
             raise ValueError(f"{name} ({called}) cannot be treated: give {TREATED}; batch norm can be fused")
-    return [module if isinstance(module, nn.Linear | nn.Conv2d) else copy.deepcopy(module) for module in modules]
+    return [module if isinstance(module, nn.Linear | nn.Conv2d) else _own(module) for module in modules]
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """A copy without the hooks of the target's, and of a ReLU one that leaves its inputs alone."""
+    if isinstance(module, nn.ReLU):
+        return nn.ReLU()
+    own = copy.copy(module)
+    own._forward_hooks, own._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return own
 
 
 def _treated(module: nn.Module) -> bool:

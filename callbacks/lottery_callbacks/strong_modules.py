@@ -62,6 +62,10 @@ class StrongModule(nn.Module):
 
     def _pieces(self, values: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """`forward` of the whole batch, in pieces of about HIDDEN hidden values."""
+        if values.shape[1] != self.random.shape[1]:
+            raise ValueError(
+                f"{self.name} takes {self.random.shape[1]} inputs or channels, not values {[*values.shape]}"
+            )
         size = max(1, HIDDEN // max(1, len(self.units) * prod(values.shape[2:])))
         return torch.cat([forward(piece) for piece in values.split(size)])
 
@@ -104,12 +108,17 @@ class StrongConv2d(StrongModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, out, ...) of images (B, in, height, width)."""
+        if images.ndim != 4:
+            raise ValueError(f"{self.name} takes images (batch, channels, height, width), not {[*images.shape]}")
         taps, channels = prod(self.kernel_size), self.random.shape[0] // prod(self.kernel_size)
         kernel = self.second.new_zeros(channels, len(self.units), taps)
         kernel.index_put_((self.outputs // taps, self.places, self.outputs % taps), self.second)
         kernel = kernel.unflatten(2, self.kernel_size)
 
         def convolution(piece: Tensor) -> Tensor:
+            if not len(self.units):  # nothing is kept: a convolution of no channels has no outputs, this one zeros
+                none = kernel.new_zeros(channels, 1, *self.kernel_size)
+                return F.conv2d(F.pad(piece[:, :1], self.padding), none, stride=self.stride, dilation=self.dilation)
             hidden = _with_constant(F.pad(piece, self.padding), 1).index_select(1, sources)
             hidden = (hidden * self.first.view(-1, 1, 1)).relu_()
             return F.conv2d(hidden, kernel, stride=self.stride, dilation=self.dilation)

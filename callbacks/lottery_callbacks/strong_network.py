@@ -31,8 +31,15 @@ class StrongNetwork(nn.Module):
         self.layers, self.tickets, self._targets = layers, tickets, targets
 
     def forward(self, values: Tensor) -> Tensor:
-        """The target's outputs, nearly."""
-        return self.layers(values) * prod(self.scales)
+        """The target's outputs, nearly; computed in float32, the weights' type, and given in the type of `values`.
+
+        Raises:
+            ValueError: the ticket relies on inputs >= 0, and some are below.
+        """
+        first = next(layer for layer in self.layers if isinstance(layer, StrongModule | nn.ReLU))
+        if isinstance(first, StrongModule) and first.random.inputs == "nonnegative" and (values < 0).any():
+            raise ValueError("the ticket relies on inputs >= 0 and some are below: build it with inputs='any'")
+        return (self.layers(values.to(self.strong[0].first.dtype)) * prod(self.scales)).to(values.dtype)
 
     @property
     def strong(self) -> list[StrongModule]:

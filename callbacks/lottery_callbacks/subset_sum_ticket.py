@@ -1,6 +1,7 @@
 """The strong ticket of whatever a fit has trained."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as L
@@ -8,9 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lottery_callbacks import random_state
 from lottery_callbacks.chain_of import chain_of
 from lottery_callbacks.functional.modes import evaluating
 from lottery_callbacks.functional.strong_edges import Inputs, Split
+from lottery_callbacks.functional.strong_layer import strong_layer
 from lottery_callbacks.strong_network import StrongNetwork, strong_network
 
 
@@ -36,7 +39,7 @@ class SubsetSumTicket(L.Callback):
         seed: of the random network.
 
     Raises:
-        ValueError: at setup, names a layer that cannot be treated.
+        ValueError: before the first step, names a layer that cannot be treated.
     """
 
     def __init__(
@@ -49,20 +52,22 @@ class SubsetSumTicket(L.Callback):
         inputs: Inputs = "any",
         seed: int = 0,
     ) -> None:
-        if n < 1 or (size is not None and size < 1):
-            raise ValueError(f"n={n}, size={size}: choose 1 or more")
         self.question: dict[str, Any] = {"n": n, "size": size, "tolerance": tolerance, "seed": seed}
         self.question |= {"split": split, "inputs": inputs}
+        strong_layer(torch.zeros(1, 1), layer=0, **self.question)  # refuses what is no question, before the fit
         self.network = network
         self.ticket: StrongNetwork | None = None
         self.found: dict[str, float] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            chain_of(self._target(pl_module))
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        chain_of(self._target(pl_module))
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with random_state.forked():  # a loader draws a seed for each pass
+            self._find(trainer, pl_module)
+
+    def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = self._target(pl_module)
         self.ticket = ticket = strong_network(target, **self.question)
         weights = sum(parameter.numel() for parameter in target.parameters())
@@ -81,35 +86,46 @@ class SubsetSumTicket(L.Callback):
 
     def _compare(self, trainer: L.Trainer, module: L.LightningModule, ticket: StrongNetwork) -> dict[str, float]:
         """What the module gives for the validation data, and what it gives with the ticket in its place."""
-        difference, right, count, seen = 0.0, [0, 0], 0, False
+        differences, right, count = [], [0, 0], 0
         for inputs, *others in _batches(trainer, module):
             outputs = [module(inputs), ticket(inputs) if self.network is None else self._with(ticket, module, inputs)]
-            difference, seen = max(difference, float((outputs[0] - outputs[1]).abs().max())), True
+            differences.append((outputs[0] - outputs[1]).abs().max())
             labels = others[0] if others else None
-            if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == outputs[0].shape[:1]:
+            if _are_classes(labels, outputs[0]):
                 right = [so_far + int((o.argmax(1) == labels).sum()) for so_far, o in zip(right, outputs, strict=True)]
-                count += len(labels)
-        found = {"strong/output_difference": difference} if seen else {}
+                count += len(outputs[0])
+        found = {"strong/output_difference": float(torch.stack(differences).max())} if differences else {}
         if count:
             found |= {"strong/target_accuracy": right[0] / count, "strong/accuracy": right[1] / count}
         return found
 
     def _with(self, ticket: StrongNetwork, module: L.LightningModule, inputs: Any) -> Tensor:
-        name, target = str(self.network), self._target(module)
-        module.set_submodule(name, ticket)
+        target = self._target(module)
+        target.forward = ticket.forward  # on the object, which may have several names in the module
         try:
             return module(inputs)
         finally:
-            module.set_submodule(name, target)
+            del target.forward
 
     def _target(self, module: nn.Module) -> nn.Module:
         return module if self.network is None else module.get_submodule(self.network)
 
 
+def _are_classes(labels: Any, outputs: Tensor) -> bool:
+    """Whether these are class labels for logits of two classes or more."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or outputs.ndim != 2:
+        return False
+    return labels.shape == outputs.shape[:1] and outputs.shape[1] > 1
+
+
 def _batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[Any, ...]]:
-    """Inputs and what comes with them, of the validation data, on the module's device."""
+    """Inputs and what comes with them, of the validation batches that the fit sees; left out where they are no tensors."""
     loaders: Any = trainer.val_dataloaders or []
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        for batch in loader:
-            batch = trainer.strategy.batch_to_device(batch, module.device)
-            yield tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    for loader, limit in zip(loaders, trainer.num_val_batches, strict=True):
+        for batch in islice(loader, None if limit == float("inf") else int(limit)):
+            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, module.device))
+            batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+            if batch and isinstance(batch[0], Tensor):
+                yield batch

@@ -62,7 +62,7 @@ class StrongTickets:
         network: str = "network",
         ns: Sequence[int] = (21, 30),
         sizes: Sequence[int] = (2, 3, 4),
-        any_size: Sequence[int] = (21,),
+        any_size: Sequence[int] = (),
         tolerances: Sequence[float] = (0.01,),
         split: Split = "sign",
         inputs: Inputs = "any",
@@ -98,7 +98,7 @@ class StrongTickets:
 
     def _find(self, n: int, question: dict[str, Any], work: Work) -> Row:
         """Put the ticket in the network's place; what was found of it."""
-        target, began = work.model.get_submodule(self.network), time.perf_counter()
+        target, shape, began = work.model.get_submodule(self.network), self._shape(work), time.perf_counter()
         seed = stable_seed(work.seed, "strong ticket", n)
         ticket = strong_network(target, seed=seed, n=n, progress=work.progress.tell, **question, **self.options)
         seconds = time.perf_counter() - began
@@ -111,7 +111,7 @@ class StrongTickets:
         kinds = [problem["problem"] for problem in problems]
         errors = torch.cat([errors.flatten() for one in ticket.tickets for errors in (one.errors, one.bias_errors)])
         weights = sum(parameter.numel() for parameter in target.parameters())
-        counts, shape = ticket.counts, self._shape(work)
+        counts = ticket.counts
         found: Row = {
             "n": n,
             "size": question.get("size"),
@@ -124,6 +124,7 @@ class StrongTickets:
             "parameters": ticket.random_parameters,
             "overparameterisation": ticket.random_parameters / weights,
             "density": ticket.density,
+            "miss_limit": limit,
             "misses": kinds.count("miss"),
             "infeasible": kinds.count("too few units"),
             "out_of_reach": kinds.count("out of reach"),
@@ -143,6 +144,8 @@ class StrongTickets:
         data.prepare_data()
         data.setup("test")
         inputs, *_ = next(iter(data.test_dataloader()))
+        if self.options["inputs"] == "nonnegative" and (inputs < 0).any():
+            raise ValueError("inputs='nonnegative', but the data have values below 0: leave it 'any'")
         return inputs.shape[1:]
 
 

@@ -25,7 +25,7 @@ def report(rows: Sequence[Row], run_dir: Path) -> None:
     summary = {"experiment": "strong-ticket", "run_dir": str(run_dir), **found}
     write_json(run_dir / "results.json", summary)
     console = Console()
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 140)
     console.print(ticket_table(rows))
     print(f"\n{run_dir / 'results.csv'}, {figure}, misses and the like in {run_dir}/trial_*/*/problems.csv")
     print(sentence(found))
@@ -58,9 +58,19 @@ def sentence(found: Row) -> str:
 def ticket_table(rows: Sequence[Row]) -> Table:
     """One row an arm, means over trials; of errors the largest."""
     table = Table(
-        title=f"strong tickets, means over trials: {len({row['trial'] for row in rows})}; errors: the largest"
+        title=f"strong tickets, trials: {len({row['trial'] for row in rows})}; means, counts of all, largest errors; "
+        "found and certified on inputs of norm 1"
     )
-    names = ("question", "kept a\nweight", "density\n%", "m / m_t", "misses", "out of\nreach", "weight\nerror")
+    names = (
+        "question",
+        "kept a\nweight",
+        "density\n%",
+        "m / m_t",
+        "misses",
+        "too few\nunits",
+        "out of\nreach",
+        "weight\nerror",
+    )
     names += ("found\nerror", "certi-\nfied", "seconds", "test\nacc. %", "less the\ntarget's")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
@@ -72,7 +82,7 @@ def ticket_table(rows: Sequence[Row]) -> Table:
             f"{one['kept_ratio']:.2f}",
             f"{100 * one['density']:.2f}",
             f"{one['overparameterisation']:,.0f}",
-            *(f"{one[key]:,.0f}" for key in ("misses", "out_of_reach")),
+            *(f"{sum(row[key] for row in cell):,}" for key in ("misses", "infeasible", "out_of_reach")),
             f"{one['max_error']:.0e}",
             found,
             f"{one['certified']:.0e}",

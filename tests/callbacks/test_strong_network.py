@@ -362,3 +362,84 @@ def test_on_a_gpu():
     there.verify()
     torch.testing.assert_close(there(values.cuda()).cpu(), ticket(values), rtol=1e-3, atol=1e-3)
     assert there.certificate((1, 28, 28)).value == pytest.approx(ticket.certificate((1, 28, 28)).value)
+
+
+# ---- what is no input of the ticket, or no target for it
+
+
+def test_inputs_of_another_width_are_refused():
+    ticket = strong_network(drawn(nn.Sequential(nn.Linear(4, 3))), seed=0, n=8, size=2)
+    with pytest.raises(ValueError, match=r"0 takes 4 inputs or channels, not values \[3, 7\]"):
+        ticket(torch.rand(3, 7))
+    ticket = strong_network(drawn(nn.Sequential(nn.Conv2d(1, 3, 3))), seed=0, n=8, size=2)
+    with pytest.raises(ValueError, match=r"0 takes 1 inputs or channels, not values \[2, 3, 8, 8\]"):
+        ticket(torch.rand(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"0 takes images"):
+        ticket(torch.rand(1, 8, 8))
+
+
+def test_a_ticket_that_relies_on_inputs_above_0_refuses_others():
+    ticket = strong_network(drawn(Dense([4, 3, 2])), seed=0, n=12, size=2, inputs="nonnegative")
+    ticket(torch.rand(5, 4))
+    with pytest.raises(ValueError, match="build it with inputs='any'"):
+        ticket(torch.rand(5, 4) - 0.5)
+
+
+def test_a_weight_that_a_hook_sets_is_refused_and_a_permanent_one_is_not():
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    torch.nn.utils.prune.l1_unstructured(network[0], "weight", 0.3)
+    with pytest.raises(ValueError, match=r"0 \(Linear\) has a weight that a hook sets"):
+        strong_network(network, seed=0, n=8, size=2)
+    torch.nn.utils.prune.remove(network[0], "weight")
+    strong_network(network, seed=0, n=8, size=2).verify()
+
+
+def test_the_ticket_has_no_hook_of_the_target_and_changes_no_input():
+    network = drawn(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ReLU()))
+    calls = []
+    network[2].register_forward_hook(lambda *_: calls.append(1))
+    ticket, values = strong_network(network, seed=0, n=8, size=2), torch.rand(5, 4) - 0.5
+    before = values.clone()
+    ticket(values)
+    assert values.equal(before)
+    assert calls == []
+    assert ticket.searched_error(steps=3, restarts=2).value <= ticket.certificate().value
+
+
+def test_tracing_leaves_nothing_in_the_target():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls, self.last = nn.Linear(4, 3), 0, None
+
+        def forward(self, values):
+            self.calls += 1
+            self.last = self.layer(values)
+            return self.last
+
+    network = Counts()
+    strong_network(network, seed=0, n=8, size=2)
+    assert network.calls == 0
+    assert network.last is None
+
+
+def test_float64_and_bf16_values_are_answered_in_their_own_type():
+    for dtype in (torch.float64, torch.bfloat16):
+        network = drawn(Dense([4, 3, 2])).to(dtype)
+        ticket, values = strong_network(network, seed=0, n=30, size=3), torch.rand(5, 4).to(dtype)
+        assert ticket(values).dtype == dtype
+        torch.testing.assert_close(ticket(values), network(values), atol=0.05, rtol=0)
+
+
+def test_a_convolution_of_which_nothing_is_kept_gives_zeros_of_the_right_shape():
+    network = drawn(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(3, 1, 1)))
+    ticket = strong_network(network, seed=0, n=10, tolerance=0.6)
+    assert ticket(torch.rand(1, 2, 5, 5)).shape == (1, 1, 5, 5)
+    assert ticket.strong[0](torch.rand(1, 2, 5, 5)).equal(torch.zeros(1, 3, 5, 5))
+
+
+def test_an_error_beside_a_target_of_zeros_is_infinite_or_none():
+    network = nn.Sequential(nn.Linear(3, 2, bias=False))
+    nn.init.zeros_(network[0].weight)
+    assert strong_network(network, seed=0, n=6).certificate().normalised == 0.0
+    assert strong_network(network, seed=0, n=6, size=1).certificate().normalised == math.inf

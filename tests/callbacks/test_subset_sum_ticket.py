@@ -71,12 +71,48 @@ def test_a_strangers_fit_ends_with_the_strong_ticket_of_its_weights(tmp_path, da
 
 
 def test_the_fit_is_bit_for_bit_the_one_without_it(tmp_path, data):
-    modules = [Stranger(), Stranger()]
-    fit(tmp_path, modules[0], data)
-    fit(tmp_path, modules[1], data, SubsetSumTicket(n=8, size=2))
+    shuffled, modules, states = DataLoader(data.dataset, batch_size=8, shuffle=True), [], []
+    for callbacks in ([], [SubsetSumTicket(n=8, size=2)]):
+        modules.append(Stranger(nn.Dropout()))
+        torch.manual_seed(1)
+        fit(tmp_path, modules[-1], shuffled, *callbacks)
+        states.append(torch.get_rng_state())
     for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         assert one.equal(other)
     assert modules[1].training == modules[0].training
+    assert states[0].equal(states[1])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precisions_are_compared_too(tmp_path, data, precision):
+    callback = SubsetSumTicket(n=16, size=3)
+    fit(tmp_path, Stranger(), data, callback, precision=precision, limit_val_batches=2)
+    assert 0 < callback.found["strong/output_difference"] < 0.2
+
+
+def test_another_name_of_the_network_finds_it_too(tmp_path, data):
+    class Aliased(Stranger):
+        def __init__(self):
+            super().__init__()
+            self.alias = self.head
+
+    callback = SubsetSumTicket(n=8, size=2, network="alias")
+    fit(tmp_path, Aliased(), data, callback)
+    assert callback.found["strong/output_difference"] > 0
+
+
+def test_layers_may_be_built_when_the_fit_is_set_up(tmp_path, data):
+    class Late(Stranger):
+        def __init__(self):
+            super().__init__()
+            del self.head
+
+        def configure_model(self):
+            self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    callback = SubsetSumTicket(n=8, size=2)
+    fit(tmp_path, Late(), data, callback)
+    assert "strong/accuracy" in callback.found
 
 
 def test_a_submodule_may_be_named_and_sums_of_any_size_asked_for(tmp_path, data):
@@ -103,7 +139,17 @@ def test_a_layer_that_cannot_be_treated_is_named_before_the_fit(tmp_path, data):
     assert all(old.equal(new) for old, new in zip(before, module.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("arguments", [{"n": 0}, {"size": 0}])
-def test_sizes_below_one_are_refused(arguments):
-    with pytest.raises(ValueError, match="choose 1 or more"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "choose 1 or more"),
+        ({"size": 41}, "a size up to 40"),
+        ({"inputs": "nonneg"}, "choose 'any' or 'nonnegative'"),
+        ({"split": "other"}, "split 'sign' or 'assigned'"),
+        ({"seed": -4}, "choose 0 or more"),
+        ({"size": None, "tolerance": -1.0}, "0 or more"),
+    ],
+)
+def test_what_is_no_question_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
         SubsetSumTicket(**arguments)

@@ -17,7 +17,7 @@ of the number of windows that a pixel is in: the number of taps, for stride 1. A
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd, prod
+from math import ceil, gcd, inf, prod
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,8 @@ class Error:
     @property
     def normalised(self) -> float:
         """Divided by the product of the norms: the same however the layers are scaled."""
-        return self.value / prod(self.norms)
+        norms = prod(self.norms)
+        return self.value / norms if norms else inf if self.value else 0.0
 
 
 def certificate(steps: Sequence[Approximated | nn.Module], shape: Sequence[int], behind_relu: bool = False) -> Error:
@@ -180,7 +181,7 @@ def _lipschitz(step: nn.Module, before: Tensor) -> float:
 
 
 def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
-    return size if isinstance(size, tuple) else (size, size)
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _spectral_norm(weight: Tensor) -> float:

@@ -119,8 +119,10 @@ def strong_layer(
     if weight.ndim != 2 or (bias is not None and (bias.ndim != 1 or not len(bias) or len(weight) % len(bias))):
         shapes = [*weight.shape], None if bias is None else [*bias.shape]
         raise ValueError(f"weight {shapes[0]} and bias {shapes[1]} do not fit: give (out, in) and a divisor of out")
-    if n < 1 or (size is not None and size < 1) or split not in ("sign", "assigned"):
-        raise ValueError(f"n={n}, size={size}, split={split!r}: choose 1 or more, and split 'sign' or 'assigned'")
+    if n < 1 or (size is not None and not 1 <= size <= LARGEST) or split not in ("sign", "assigned"):
+        raise ValueError(
+            f"n={n}, size={size}, split={split!r}: choose 1 or more, a size up to {LARGEST}, split 'sign' or 'assigned'"
+        )
     if inputs not in ("any", "nonnegative"):
         raise ValueError(f"inputs={inputs!r}: choose 'any' or 'nonnegative'")
     targets = weight.detach().double()
