@@ -119,7 +119,7 @@ def _are_classes(labels: Any, outputs: Tensor) -> bool:
 
 
 def _batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[Any, ...]]:
-    """Inputs and what comes with them, of the validation batches that the fit sees; left out where they are no tensors."""
+    """Inputs and what comes with them, of the validation batches that the fit sees, where they are tensors."""
     loaders: Any = trainer.val_dataloaders or []
     loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
