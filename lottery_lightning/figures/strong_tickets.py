@@ -33,13 +33,11 @@ def strong_ticket_figure(cells: Sequence[Sequence[Row]]) -> bytes:
         if cell[0]["found"] is not None:
             errorbar(errors, kept, [row["found"] for row in cell], fillstyle="none", **style)
         errorbar(accuracy, kept, [100 * row["accuracy_minus_target"] for row in cell], **style)
-    trade.legend(frameon=False, fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.94))
+    trade.legend(frameon=False, fontsize=7, loc="lower left")
     trade.set(xscale="log", yscale="log", xlabel="density of the ticket", ylabel="overparameterisation m / m_t")
     errors.set(xscale="log", yscale="log", xlabel="kept, in weights of the target")
     errors.set_ylabel("error on inputs of norm 1 / product of norms\ncertified (full), found by search (open)")
     accuracy.axhline(0, color="grey", lw=0.8)
-    accuracy.set_yscale("symlog", linthresh=0.5)
-    accuracy.yaxis.set_major_formatter("{x:g}")
     accuracy.set(xscale="log", xlabel="kept, in weights of the target", ylabel="test accuracy - the target's (points)")
     for axis in (trade, errors, accuracy):
         axis.grid(alpha=0.25)
