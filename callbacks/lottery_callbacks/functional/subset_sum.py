@@ -217,9 +217,9 @@ class _Batch:
 @lru_cache(maxsize=1)
 def _compiles() -> bool:
     """Whether numba is there and works with this NumPy; it is imported when the first question is asked."""
-    from lottery_callbacks.functional.subset_sum_kernels import njit
+    from lottery_callbacks.functional.subset_sum_kernels import COMPILES
 
-    return njit is not None
+    return COMPILES
 
 
 def _smallest(batch: _Batch, asked: Tensor, sizes: Sequence[int], tolerance: float | None, report: Report) -> Subsets:

@@ -23,6 +23,7 @@ try:
 except ImportError:  # not there, or not made for this NumPy; the module imports without it
     njit = None
 
+COMPILES = njit is not None
 MOST = np.iinfo(np.int64).max
 DONE, LAST_RESORT = -1, 57  # instead of a cell's width; a cell of 2^57 units would hold all sums
 NEAR = 20.0  # = 8 sqrt(2 pi): so that 8 to 16 sums are expected in a cell around the target
