@@ -56,6 +56,11 @@ class StrongNetwork(nn.Module):
         return Counts(*(sum(counts) for counts in zip(*(layer.counts for layer in self.strong), strict=True)))
 
     @property
+    def errors(self) -> Tensor:
+        """|target - sum| of all weights, for each sign, and of all biases, of the rescaled network."""
+        return torch.cat([part.flatten() for one in self.tickets for part in (one.errors, one.bias_errors)])
+
+    @property
     def random_parameters(self) -> int:
         """Weights of the random network, which is never materialised."""
         return sum(layer.random.parameters for layer in self.strong)

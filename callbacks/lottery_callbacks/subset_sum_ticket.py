@@ -71,11 +71,10 @@ class SubsetSumTicket(L.Callback):
         target = self._target(pl_module)
         self.ticket = ticket = strong_network(target, **self.question)
         weights = sum(parameter.numel() for parameter in target.parameters())
-        errors = [error for one in ticket.tickets for error in (one.errors, one.bias_errors) if error.numel()]
         self.found = {
             "strong/density": ticket.density,
             "strong/kept_ratio": sum(ticket.counts) / weights,
-            "strong/weight_error": max(float(error.max()) for error in errors),
+            "strong/weight_error": float(ticket.errors.max()),
         }
         with evaluating(pl_module):
             self.found |= self._compare(trainer, pl_module, ticket)

@@ -1,20 +1,19 @@
 """What the lottery experiment found: rows, table, finding, CSV, figure and one line of JSON."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from rich.console import Console
 from rich.table import Table
 
 from lottery_callbacks import Ticket
 from lottery_callbacks.functional.early_stop import first_iteration_reaching
 from lottery_callbacks.ticket import write_atomically
+from lottery_lightning.experiments.ending import conclude
 from lottery_lightning.experiments.runs import MEASURED, Training
-from lottery_lightning.experiments.store import write_csv, write_json
+from lottery_lightning.experiments.store import write_csv
 from lottery_lightning.figures import lottery_figure, mask_figure
 from lottery_lightning.loggers import close, log_image, log_level, log_table, make_logger
 
@@ -51,14 +50,9 @@ def report(
     if not (run_dir / "results.json").exists():
         logger = make_logger(training.logger, run_dir, run_dir.name, None, run_dir.name)
         _log(logger, rows, found, figures, config or {})
-    write_json(run_dir / "results.json", summary)
-    console = Console()
-    console.width = max(console.width, 120)  # a wrapped row loses no digits, a cropped one does
-    console.print(level_table(rows))
     pictures = ", ".join(str(run_dir / f"{name}.png") for name in figures)
-    print(f"\n{run_dir / 'results.csv'}, {pictures}, tickets in {run_dir}/trial_*/tickets")
-    print(sentence(found))
-    print(json.dumps(summary))
+    files = f"{run_dir / 'results.csv'}, {pictures}, tickets in {run_dir}/trial_*/tickets"
+    conclude(summary, level_table(rows), files, sentence(found))
 
 
 def with_reach(records: Sequence[Mapping[str, Any]]) -> list[Row]:

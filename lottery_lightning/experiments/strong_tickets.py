@@ -109,7 +109,7 @@ class StrongTickets:
         if problems:
             write_csv(work.run.run_dir / "problems.csv", problems)
         kinds = [problem["problem"] for problem in problems]
-        errors = torch.cat([errors.flatten() for one in ticket.tickets for errors in (one.errors, one.bias_errors)])
+        errors = ticket.errors
         weights = sum(parameter.numel() for parameter in target.parameters())
         counts = ticket.counts
         found: Row = {

@@ -1,15 +1,14 @@
 """What the strong ticket experiment found: table, CSV, figure, finding and one line of JSON."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from rich.console import Console
 from rich.table import Table
 
 from lottery_callbacks.ticket import write_atomically
-from lottery_lightning.experiments.store import write_csv, write_json
+from lottery_lightning.experiments.ending import conclude
+from lottery_lightning.experiments.store import write_csv
 from lottery_lightning.experiments.targets import Row, by_question, over_trials
 from lottery_lightning.figures import strong_ticket_figure
 
@@ -23,13 +22,8 @@ def report(rows: Sequence[Row], run_dir: Path) -> None:
     write_atomically(figure, strong_ticket_figure(by_question(rows)))
     found = finding(rows)
     summary = {"experiment": "strong-ticket", "run_dir": str(run_dir), **found}
-    write_json(run_dir / "results.json", summary)
-    console = Console()
-    console.width = max(console.width, 140)
-    console.print(ticket_table(rows))
-    print(f"\n{run_dir / 'results.csv'}, {figure}, misses and the like in {run_dir}/trial_*/*/problems.csv")
-    print(sentence(found))
-    print(json.dumps(summary))
+    files = f"{run_dir / 'results.csv'}, {figure}, misses and the like in {run_dir}/trial_*/*/problems.csv"
+    conclude(summary, ticket_table(rows), files, sentence(found), width=140)
 
 
 def finding(rows: Sequence[Row]) -> Row:

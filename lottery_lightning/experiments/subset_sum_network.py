@@ -16,9 +16,8 @@ from lottery_callbacks.functional.subset_sum import cost, subset_sum
 from lottery_lightning.experiments.runs import Training, stable_seed
 from lottery_lightning.experiments.store import write_csv
 from lottery_lightning.experiments.subset_sum_network_report import report
-from lottery_lightning.experiments.targets import Targets, Work
+from lottery_lightning.experiments.targets import Row, Targets, Work
 
-Row = dict[str, Any]
 SHARE = 0.02  # of a training's time, for an arm
 
 

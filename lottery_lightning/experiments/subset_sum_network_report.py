@@ -1,20 +1,17 @@
 """What the subset sum of a network's weights found: rows, table, CSV, figure, finding and one line of JSON."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lottery_callbacks.ticket import write_atomically
-from lottery_lightning.experiments.store import write_csv, write_json
-from lottery_lightning.experiments.targets import by_question, over_trials
+from lottery_lightning.experiments.ending import conclude
+from lottery_lightning.experiments.store import write_csv
+from lottery_lightning.experiments.targets import Row, by_question, over_trials
 from lottery_lightning.figures import network_figure
 
-Row = dict[str, Any]
 NUMBERS = (
     "kept", "kept_ratio", "empty", "misses", "median_error", "max_error", "seconds", "accuracy",
     "accuracy_minus_target",
@@ -28,13 +25,8 @@ def report(rows: Sequence[Row], run_dir: Path, n: int) -> None:
     write_atomically(figure, network_figure(by_question(rows), n))
     found = finding(rows, n)
     summary = {"experiment": "subset-sum-network", "run_dir": str(run_dir), **found}
-    write_json(run_dir / "results.json", summary)
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(arm_table(rows, n))
-    print(f"\n{run_dir / 'results.csv'}, {figure}, misses in {run_dir}/trial_*/*/misses.csv")
-    print(sentence(found))
-    print(json.dumps(summary))
+    files = f"{run_dir / 'results.csv'}, {figure}, misses in {run_dir}/trial_*/*/misses.csv"
+    conclude(summary, arm_table(rows, n), files, sentence(found))
 
 
 def finding(rows: Sequence[Row], n: int) -> Row:

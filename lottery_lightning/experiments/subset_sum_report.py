@@ -1,17 +1,16 @@
 """What the Monte Carlo experiment found: rows, table, CSV, figure, finding and one line of JSON."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lottery_callbacks.functional.bounds import counting_size, rfss_size, rfss_size_all_targets, rss_size
 from lottery_callbacks.ticket import write_atomically
-from lottery_lightning.experiments.store import write_csv, write_json
+from lottery_lightning.experiments.ending import conclude
+from lottery_lightning.experiments.store import write_csv
 from lottery_lightning.figures import subset_sum_figure
 
 Row = dict[str, Any]
@@ -28,13 +27,8 @@ def report(cells: Sequence[Row], eps: Sequence[float], run_dir: Path) -> None:
     crossings = list(crossings_of(successes))
     found = finding(crossings, errors)
     summary = {"experiment": "subset-sum", "run_dir": str(run_dir), "trials": cells[0]["trials"], **found}
-    write_json(run_dir / "results.json", summary | {"crossings": crossings})
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(crossing_table(crossings))
-    print(f"\n{run_dir / 'success.csv'}, {run_dir / 'errors.csv'}, {figure}")
-    print(sentence(found))
-    print(json.dumps(summary))
+    files = f"{run_dir / 'success.csv'}, {run_dir / 'errors.csv'}, {figure}"
+    conclude(summary, crossing_table(crossings), files, sentence(found), more={"crossings": crossings})
 
 
 def success_rows(cells: Iterable[Row], eps: Sequence[float]) -> Iterator[Row]:

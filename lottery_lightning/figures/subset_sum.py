@@ -15,7 +15,7 @@ def subset_sum_figure(successes: Sequence[Row], errors: Sequence[Row]) -> bytes:
     """Success against n, a panel for each size, a colour for each eps; and the median error against n of all sizes.
 
     Rows are those of `success.csv` and `errors.csv`. Targets are uniform (line, band of the 95 % interval) or 0 (thin
-    and dotted). Vertical lines of an eps' colour: n_c dashed, theorem 2's n with c_hyp = 1 dotted.
+    and dotted). Vertical lines of an eps' colour: n_c dashed, theorem 2's n with c_hyp = 1 dash-dotted.
     """
     sizes = sorted({row["size"] for row in successes if row["size"] != "any"})
     levels = sorted({row["eps"] for row in successes}, reverse=True)
