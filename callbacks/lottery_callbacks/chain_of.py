@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Node, symbolic_trace
+from torch.fx import Node, Tracer
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.strong_modules import form_of
 
-TREATED = "Linear, Conv2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten, Dropout and Identity, in a chain"
-KEPT = (nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+TREATED = "Linear, Conv2d, batch norm right after these, ReLU, pooling, Flatten, Dropout and Identity, in a chain"
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -22,7 +25,12 @@ def chain_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules in the order of execution, in evaluation; what does nothing then is left out.
 
     Modules within others are found where they are called, and a functional relu, flatten, pooling or mean over space
-    becomes the module that does the same. The network is not changed; what is returned holds its own layers.
+    becomes the module that does the same. A batch norm right after a layer with weights is folded into a copy of it, in
+    float64. The network is not changed; what is returned else holds its own layers.
+
+    A layer of another package takes part if its class has the attribute `strong_form`, a subclass of `StrongConv2d` or
+    `StrongModule` that stands for it; without weights `lipschitz`, its Lipschitz constant, and it must map values >= 0
+    to such. It is not looked into.
 
     Raises:
         ValueError: names a layer or call that is not one of those, or that does not take what the last one gave.
@@ -31,7 +39,7 @@ def chain_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
     before = [(part, dict(vars(part))) for part in network.modules()]  # a forward pass may count, or keep what it saw
     with evaluating(network):
         try:
-            graph = symbolic_trace(whole).graph
+            graph = _Tracer().trace(whole)
         except Exception as error:  # torch.fx raises many
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{type(network).__name__} cannot be traced ({reason}): give {TREATED}") from error
@@ -54,13 +62,38 @@ def chain_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
             name = node.target.removeprefix("0.") if node.op == "call_module" else node.name
             if [used for used in node.all_input_nodes if used not in shapes] != [previous]:
                 raise ValueError(f"{name} does not take the output of the layer before it alone: give {TREATED}")
-            steps += [(name, module) for module in _modules(node, name, whole)]
+            for module in _modules(node, name, whole):
+                if isinstance(module, NORMS):
+                    module = _folded(name, module, steps)
+                    name, _ = steps.pop()
+                steps.append((name, module))
             previous = node
     return steps
 
 
+class _Tracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or _declared(m)
+
+
+def _declared(module: nn.Module) -> bool:
+    return hasattr(module, "strong_form") or hasattr(module, "lipschitz")
+
+
+def _folded(name: str, norm: Any, steps: list[tuple[str, nn.Module]]) -> nn.Module:
+    """The last step's layer with the batch norm, as in evaluation, in its weight and bias."""
+    layer: Any = steps[-1][1] if steps else None
+    if layer is None or form_of(layer) is None or len(layer.weight) != norm.num_features or norm.running_mean is None:
+        raise ValueError(f"{name} ({type(norm).__name__}) does not follow a layer with weights, or has no statistics")
+    layer, norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return layer
+
+
 def _modules(node: Node, name: str, whole: nn.Module) -> list[nn.Module]:
-    """What the node does, as modules that `KEPT` names; none where it does nothing."""
+    """What the node does, as modules; none where it does nothing."""
     if node.op == "call_module":
         module = whole.get_submodule(str(node.target))
         called = type(module).__name__
@@ -73,14 +106,14 @@ def _modules(node: Node, name: str, whole: nn.Module) -> list[nn.Module]:
         except (KeyError, TypeError, ValueError):
             modules = [nn.Module()]
     for module in modules:
-        if isinstance(module, nn.Linear | nn.Conv2d) and {"weight", "bias"} & vars(module).keys():
+        if (weights := form_of(module)) and {"weight", "bias"} & vars(module).keys():
             raise ValueError(
                 f"{name} ({called}) has a weight that a hook sets, maybe of the step before: make it permanent "
                 "(torch.nn.utils.prune.remove, remove_weight_norm)"
             )
-        if not isinstance(module, KEPT) or not _treated(module):
-            raise ValueError(f"{name} ({called}) cannot be treated: give {TREATED}; batch norm can be fused")
-    return [module if isinstance(module, nn.Linear | nn.Conv2d) else _own(module) for module in modules]
+        if not (_plain(module) if weights else _treated(module)):
+            raise ValueError(f"{name} ({called}) cannot be treated: give {TREATED}")
+    return [module if form_of(module) else _own(module) for module in modules]
 
 
 def _own(module: nn.Module) -> nn.Module:
@@ -93,11 +126,17 @@ def _own(module: nn.Module) -> nn.Module:
 
 
 def _treated(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return bool(module.groups == 1) and module.padding_mode == "zeros"
+    """Whether it is one of the steps without weights."""
     if isinstance(module, nn.Flatten):
         return bool(module.start_dim > 0)
-    return not getattr(module, "return_indices", False)
+    if isinstance(module, nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d) and module.output_size not in (1, (1, 1)):
+        return False  # its windows may overlap
+    known = (nn.ReLU, *POOLS, *NORMS)
+    return (isinstance(module, known) or _declared(module)) and not getattr(module, "return_indices", False)
+
+
+def _plain(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
 
 
 def _asks_shape(node: Node, shapes: set[Node]) -> bool:
@@ -123,10 +162,17 @@ def _view(*shape: Any) -> list[nn.Module]:
     return [nn.Flatten()]
 
 
-def _mean(dim: Any, keepdim: bool = False) -> list[nn.Module]:
-    if sorted(dim) not in ([2, 3], [-2, -1]):
-        raise TypeError
-    return [nn.AdaptiveAvgPool2d(1)] if keepdim else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+def _over_space(flat: type[nn.Module], deep: type[nn.Module] | None = None) -> Callable[..., list[nn.Module]]:
+    """A reduction over all places, `x.mean((2, 3))`, and over those of the group too, `x.amax((2, 3, 4))`."""
+
+    def reduction(dim: Any, keepdim: bool = False) -> list[nn.Module]:
+        pools = {(2, 3): flat, (-2, -1): flat, (2, 3, 4): deep}
+        pool = pools.get(tuple(sorted(dim)))
+        if pool is None:
+            raise TypeError
+        return [pool(1)] if keepdim else [pool(1), nn.Flatten()]
+
+    return reduction
 
 
 def _max_pool(
@@ -143,7 +189,8 @@ FUNCTIONS: dict[Any, Callable[..., list[nn.Module]]] = {
     **dict.fromkeys((F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"), _relu),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys(("view", "reshape"), _view),
-    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((torch.mean, "mean"), _over_space(nn.AdaptiveAvgPool2d)),
+    **dict.fromkeys((torch.amax, "amax"), _over_space(nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
     F.avg_pool2d: lambda *args, **kwargs: [nn.AvgPool2d(*args, **kwargs)],
     F.adaptive_avg_pool2d: lambda output_size: [nn.AdaptiveAvgPool2d(output_size)],

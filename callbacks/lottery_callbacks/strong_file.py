@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lottery_callbacks.chain_of import chain_of
 from lottery_callbacks.functional.strong_edges import KeptEdges, RandomLayer
 from lottery_callbacks.functional.strong_layer import StrongLayer
-from lottery_callbacks.strong_modules import StrongConv2d, StrongLinear, StrongModule, matrix_of
-from lottery_callbacks.strong_network import StrongNetwork
+from lottery_callbacks.strong_modules import StrongModule, form_of, matrix_of
+from lottery_callbacks.strong_network import Part, StrongNetwork, assembled
 from lottery_callbacks.ticket import write_atomically
 
 FORMAT = "strong-ticket/1"
@@ -54,42 +54,30 @@ def load_strong_ticket(path: str | os.PathLike[str], network: nn.Module) -> Stro
     """
     layers, tensors = _read(path)
     chain = chain_of(network)
-    names = [name for name, module in chain if isinstance(module, nn.Linear | nn.Conv2d)]
+    names = [name for name, module in chain if form_of(module)]
     if names != [layer["name"] for layer in layers]:
         raise ValueError(
             f"{path} is a ticket of {', '.join(layer['name'] for layer in layers)}: the network has {names}"
         )
-    built: list[nn.Module] = []
-    tickets: list[StrongLayer] = []
-    targets: list[tuple[Tensor, Tensor]] = []
-    before = 1.0
-    for name, module in chain:
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            built.append(module)
-            continue
-        place = len(tickets)
+
+    def read(place: int, name: str, module: Any, before: float) -> Part:
         own = layers[place]
-        before *= own["scale"]
         weight = module.weight.detach().cpu().double() / own["scale"]
-        bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().cpu().double() / before
-        matrix = matrix_of(weight) if isinstance(module, nn.Conv2d) else weight
+        bias = torch.zeros(len(weight), dtype=torch.float64) if module.bias is None else module.bias.detach().cpu()
+        bias = bias.double() / (before * own["scale"])
+        matrix = matrix_of(weight)
         random = RandomLayer(**own["random"] | {"shape": tuple(own["random"]["shape"])})
         if random.shape != tuple(matrix.shape) or random.biases != (0 if module.bias is None else len(bias)):
             raise ValueError(
                 f"{path} is a ticket for {name} of shape {random.shape}: the network's is {[*weight.shape]}"
             )
-        ticket = _layer(
-            random, [tensors[f"{place}.{kept}"].long() for kept in KEPT], matrix, bias, module.bias is not None
-        )
+        kept = [tensors[f"{place}.{kept}"].long() for kept in KEPT]
+        ticket = _layer(random, kept, matrix, bias, module.bias is not None)
         if _digest(ticket.edges) != own["digest"] or ticket.counts._asdict() != own["counts"]:
             raise ValueError(f"{path}: the weights of {name} are not those that were saved: this generator differs")
-        if isinstance(module, nn.Conv2d):
-            built.append(StrongConv2d(name, ticket, own["size"], own["scale"], module))
-        else:
-            built.append(StrongLinear(name, ticket, own["size"], own["scale"]))
-        tickets.append(ticket)
-        targets.append((weight, bias))
-    found = StrongNetwork(nn.Sequential(*built), tickets, targets).eval()
+        return Part(ticket, own["size"], own["scale"], weight, bias)
+
+    found = assembled(chain, read)
     found.verify()
     return found
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lottery_callbacks.functional.strong_certificate import Approximated, overlaps
+from lottery_callbacks.functional.strong_certificate import Approximated, convolution_norm, overlaps, spectral_norm
 from lottery_callbacks.functional.strong_edges import KeptEdges
 from lottery_callbacks.functional.strong_layer import StrongLayer
 
@@ -17,13 +18,20 @@ HIDDEN = 1 << 21  # hidden values held at once: beyond it the batch is cut in pi
 class StrongModule(nn.Module):
     """Kept edges as buffers, in the place of one layer of the target divided by `scale`.
 
-    Attributes:
-        units, inputs, first, outputs, places, second: see `KeptEdges`.
+    A layer of another package names its own such class in an attribute `strong_form`; see `chain_of`.
+
+    Args:
         name: of the target's layer.
-        random: the random layers that it prunes.
-        counts: kept weights, as built.
+        ticket: what is kept.
         size: products of each sum, None where sizes vary.
         scale: what the target's weight was divided by.
+        like: the target's layer, for what is not its weights.
+
+    Attributes:
+        units, inputs, first, outputs, places, second: see `KeptEdges`.
+        random: the random layers that it prunes.
+        counts: kept weights, as built.
+        taps: the target's weight is (out, in, *taps).
     """
 
     units: Tensor
@@ -33,17 +41,21 @@ class StrongModule(nn.Module):
     places: Tensor
     second: Tensor
 
-    def __init__(self, name: str, ticket: StrongLayer, size: int | None, scale: float) -> None:
+    def __init__(self, name: str, ticket: StrongLayer, size: int | None, scale: float, like: Any) -> None:
         super().__init__()
         for field, tensor in vars(ticket.edges).items():
             self.register_buffer(field, tensor)
         self.name, self.random, self.counts = name, ticket.random, ticket.counts
-        self.size, self.scale = size, scale
+        self.size, self.scale, self.taps = size, scale, tuple(like.weight.shape[2:])
 
     @property
     def edges(self) -> KeptEdges:
         """The buffers, as edges."""
         return KeptEdges(self.units, self.inputs, self.first, self.outputs, self.places, self.second)
+
+    def approximates(self, weight: Tensor, bias: Tensor) -> Approximated:
+        """This layer beside its scaled target, for the certificate."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Regenerate each kept weight bit for bit and check the counts.
@@ -59,6 +71,13 @@ class StrongModule(nn.Module):
     def extra_repr(self) -> str:
         kept = ", ".join(f"{name}={count}" for name, count in self.counts._asdict().items())
         return f"{self.name}, {kept}, n={self.random.n}, inputs={self.random.inputs!r}, scale={self.scale:.4g}"
+
+    @property
+    def _nonnegative(self) -> bool:
+        return self.random.inputs == "nonnegative"
+
+    def _effective(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.edges.effective(self.random.shape)
 
     def _pieces(self, values: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """`forward` of the whole batch, in pieces of about HIDDEN hidden values."""
@@ -88,10 +107,7 @@ class StrongLinear(StrongModule):
         return self._pieces(values.flatten(0, -2), product).unflatten(0, values.shape[:-1])
 
     def approximates(self, weight: Tensor, bias: Tensor) -> Approximated:
-        """This layer beside its scaled target, for the certificate."""
-        positive, negative, constant = self.edges.effective(self.random.shape)
-        nonnegative = self.random.inputs == "nonnegative"
-        return Approximated(weight, bias, positive, negative, constant, F.linear, 1.0, nonnegative)
+        return Approximated(weight, bias, *self._effective(), F.linear, spectral_norm, self._nonnegative)
 
 
 class StrongConv2d(StrongModule):
@@ -101,53 +117,74 @@ class StrongConv2d(StrongModule):
     the border, where ReLU(u 0) = 0 pads the others. A bias is a sum of the constant channels at the kernel's first tap.
     """
 
+    dimensions = 4  # of its inputs
+
     def __init__(self, name: str, ticket: StrongLayer, size: int | None, scale: float, like: nn.Conv2d) -> None:
-        super().__init__(name, ticket, size, scale)
+        super().__init__(name, ticket, size, scale, like)
         self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
         self.padding = padding_of(like)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, out, ...) of images (B, in, height, width)."""
-        if images.ndim != 4:
-            raise ValueError(f"{self.name} takes images (batch, channels, height, width), not {[*images.shape]}")
-        taps, channels = prod(self.kernel_size), self.random.shape[0] // prod(self.kernel_size)
+        """Images (B, out, ..., height', width') of images (B, in, ..., height, width)."""
+        if images.ndim != self.dimensions:
+            raise ValueError(
+                f"{self.name} takes values of {self.dimensions} dimensions, (batch, channels, ..., height, width), "
+                f"not {[*images.shape]}"
+            )
+        taps, channels = prod(self.taps), self.random.shape[0] // prod(self.taps)
         kernel = self.second.new_zeros(channels, len(self.units), taps)
         kernel.index_put_((self.outputs // taps, self.places, self.outputs % taps), self.second)
-        kernel = kernel.unflatten(2, self.kernel_size)
+        kernel = kernel.unflatten(2, self.taps)
 
         def convolution(piece: Tensor) -> Tensor:
             if not len(self.units):  # nothing is kept: a convolution of no channels has no outputs, this one zeros
-                none = kernel.new_zeros(channels, 1, *self.kernel_size)
-                return F.conv2d(F.pad(piece[:, :1], self.padding), none, stride=self.stride, dilation=self.dilation)
+                return self.convolved(F.pad(piece[:, :1], self.padding), kernel.new_zeros(channels, 1, *self.taps))
             hidden = _with_constant(F.pad(piece, self.padding), 1).index_select(1, sources)
-            hidden = (hidden * self.first.view(-1, 1, 1)).relu_()
-            return F.conv2d(hidden, kernel, stride=self.stride, dilation=self.dilation)
+            return self.convolved((hidden * self.first.view(-1, *[1] * (images.ndim - 2))).relu_(), kernel)
 
         sources = self.inputs.remainder(self.random.shape[1] + 1)
         return self._pieces(images, convolution)
 
+    def convolved(self, padded: Tensor, kernel: Tensor) -> Tensor:
+        """The convolution of values that are padded with a kernel (out, channels, *taps)."""
+        return F.conv2d(padded, kernel, stride=self.stride, dilation=self.dilation)
+
+    def unrolled(self, kernel: Tensor) -> Tensor:
+        """The kernel (out, in, height, width) of that convolution."""
+        return kernel
+
     def approximates(self, weight: Tensor, bias: Tensor) -> Approximated:
-        """This layer beside its scaled target, for the certificate."""
-        positive, negative, constant = self.edges.effective(self.random.shape)
-        positive, negative = (kernel_of(matrix, self.kernel_size) for matrix in (positive, negative))
-        constant = constant[:: prod(self.kernel_size)]
-
-        def convolution(images: Tensor, kernel: Tensor) -> Tensor:
-            return F.conv2d(F.pad(images, self.padding), kernel, stride=self.stride, dilation=self.dilation)
-
-        stretch = overlaps(self.kernel_size, self.stride, self.dilation) ** 0.5
-        nonnegative = self.random.inputs == "nonnegative"
-        return Approximated(weight, bias, positive, negative, constant, convolution, stretch, nonnegative)
-
-
-def matrix_of(kernel: Tensor) -> Tensor:
-    """A kernel (out, in, height, width) as the core's matrix (out * height * width, in)."""
-    return kernel.movedim(1, -1).flatten(0, 2)
+        positive, negative, constant = self._effective()
+        positive, negative = (kernel_of(matrix, self.taps) for matrix in (positive, negative))
+        windows = overlaps(self.kernel_size, self.stride, self.dilation)
+        return Approximated(
+            weight,
+            bias,
+            positive,
+            negative,
+            constant[:: prod(self.taps)],
+            lambda images, kernel: self.convolved(F.pad(images, self.padding), kernel),
+            lambda kernel: convolution_norm(self.unrolled(kernel), windows),
+            self._nonnegative,
+        )
 
 
-def kernel_of(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The kernel again, (out, in, height, width)."""
-    return matrix.unflatten(0, (-1, *size)).movedim(-1, 1)
+FORMS: dict[type[nn.Module], type[StrongModule]] = {nn.Linear: StrongLinear, nn.Conv2d: StrongConv2d}
+
+
+def form_of(layer: nn.Module) -> type[StrongModule] | None:
+    """What stands for this layer: its own `strong_form`, or one of `FORMS`; None where it has no weights."""
+    return getattr(layer, "strong_form", None) or FORMS.get(type(layer))
+
+
+def matrix_of(weight: Tensor) -> Tensor:
+    """A weight (out, in, *taps) as the core's matrix (out * prod(taps), in)."""
+    return weight.movedim(1, -1).flatten(0, -2)
+
+
+def kernel_of(matrix: Tensor, taps: tuple[int, ...]) -> Tensor:
+    """The weight again, (out, in, *taps)."""
+    return matrix.unflatten(0, (-1, *taps)).movedim(-1, 1)
 
 
 def padding_of(conv: nn.Conv2d) -> list[int]:

@@ -1,7 +1,9 @@
 """The strong ticket of a trained network: a random network of twice the depth, pruned, without a weight changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from lottery_callbacks.functional.strong_certificate import Approximated, Error
 from lottery_callbacks.functional.strong_edges import Counts, Inputs, Split
 from lottery_callbacks.functional.strong_layer import StrongLayer, strong_layer
 from lottery_callbacks.functional.subset_sum import Progress
-from lottery_callbacks.strong_modules import StrongConv2d, StrongLinear, StrongModule, matrix_of
+from lottery_callbacks.strong_modules import StrongLinear, StrongModule, form_of, matrix_of
 
 REACH = 0.5  # products u v are dense on [-1/2, 1/2]
 
@@ -21,7 +23,7 @@ class StrongNetwork(nn.Module):
     """What `strong_network` builds: computes what the target does, up to an error that is bounded.
 
     Attributes:
-        layers: a `StrongLinear` or `StrongConv2d` for each layer of the target, and what was between them.
+        layers: a `StrongModule` for each layer of the target that has weights, and what was between them.
         tickets: as built, for each of those: errors, infeasible blocks, targets out of reach.
         scales: what each layer's weight was divided by; the output is multiplied by their product.
     """
@@ -61,6 +63,11 @@ class StrongNetwork(nn.Module):
         return torch.cat([part.flatten() for one in self.tickets for part in (one.errors, one.bias_errors)])
 
     @property
+    def weights(self) -> int:
+        """Weights and biases of the target that sums stand for, m_t; a batch norm is a bias."""
+        return sum(prod(layer.random.shape) + layer.random.biases for layer in self.strong)
+
+    @property
     def random_parameters(self) -> int:
         """Weights of the random network, which is never materialised."""
         return sum(layer.random.parameters for layer in self.strong)
@@ -79,28 +86,34 @@ class StrongNetwork(nn.Module):
         for layer in self.strong:
             layer.verify()
 
-    def certificate(self, shape: Sequence[int] | None = None, behind_relu: bool = False) -> Error:
-        """An upper bound of |ticket - target| on inputs of norm 1 or less, of the rescaled network in float64.
+    def certificate(self, shape: Sequence[int] | None = None, behind_relu: bool = False, radius: float = 1.0) -> Error:
+        """An upper bound of |ticket - target| on inputs of norm `radius` or less, of the rescaled network in float64.
 
-        See `functional.strong_certificate`. The normalised value, divided by the layers' norms, is that of the target
-        itself: scales cancel. Float32 adds its rounding to a forward pass.
+        See `functional.strong_certificate`. The normalised value, divided by the radius and the layers' norms, is that
+        of the target itself: scales cancel. Float32 adds its rounding to a forward pass.
 
         Args:
             shape: of one input, without the batch; may be left out where the first layer is a Linear.
             behind_relu: the sharper bound that uses that values are >= 0 there.
+            radius: of the ball of inputs. Where there are biases the error does not scale with it.
         """
-        return strong_certificate.certificate(self._steps(), self._shape(shape), behind_relu)
+        return strong_certificate.certificate(self._steps(), self._shape(shape), behind_relu, radius)
 
     def searched_error(
-        self, steps: int = 200, restarts: int = 8, shape: Sequence[int] | None = None, seed: int = 0
+        self,
+        steps: int = 200,
+        restarts: int = 8,
+        shape: Sequence[int] | None = None,
+        seed: int = 0,
+        radius: float = 1.0,
     ) -> Error:
         """The largest |ticket - target| found there by gradient ascent: a lower bound of the largest that there is."""
-        return strong_certificate.searched_error(self._steps(), self._shape(shape), steps, restarts, seed)
+        return strong_certificate.searched_error(self._steps(), self._shape(shape), steps, restarts, seed, radius)
 
     def _steps(self) -> list[Approximated | nn.Module]:
         targets, steps = iter(self._targets), []
         for layer in self.layers:
-            if isinstance(layer, StrongLinear | StrongConv2d):
+            if isinstance(layer, StrongModule):
                 layer = layer.approximates(*(tensor.to(layer.first.device) for tensor in next(targets)))
             steps.append(layer)
         return steps
@@ -126,14 +139,16 @@ def strong_network(
 ) -> StrongNetwork:
     """The strong ticket of `network`, on the device of its weights and in evaluation.
 
-    Pensia et al. (arXiv 2006.07990, theorem 1); with `size`, Natale et al. (arXiv 2410.14754, theorem 3). Each Linear
-    and Conv2d becomes a `StrongLinear` or `StrongConv2d` of 2n hidden units (channels) for each input (channel); what
-    is between them stays. Layers are rescaled by positive homogeneity, f(s x) = s f(x) for s > 0: weights are divided
-    by s_i, biases by s_1 .. s_i, such that none is above 1/2, and the output is multiplied by all s_i.
+    Pensia et al. (arXiv 2006.07990, theorem 1); with `size`, Natale et al. (arXiv 2410.14754, theorems 3 and 4). Each
+    Linear and Conv2d becomes a `StrongLinear` or `StrongConv2d` of 2n hidden units (channels) for each input (channel);
+    what is between them stays, and a batch norm is folded before. Of a layer that is equivariant under a group the
+    coefficients are approximated, never the expanded weights: masks keep it equivariant. By positive homogeneity,
+    f(s x) = s f(x) for s > 0, layers are rescaled: weights are divided by s_i, biases by s_1 .. s_i, such that none is
+    above 1/2, and the output is multiplied by all s_i.
 
     Args:
-        network: a chain of Linear, Conv2d, ReLU, pooling, Flatten and Dropout, also where these are called as
-            functions; it is traced by `torch.fx` and not changed.
+        network: a chain of Linear, Conv2d, batch norm, ReLU, pooling, Flatten and Dropout, also where these are called
+            as functions; it is traced by `torch.fx` and not changed. See `chain_of`.
         seed: of the random network, 0 <= seed < 2^64.
         n: half the hidden units of an input.
         size: exactly that many products for each weight and sign.
@@ -148,41 +163,64 @@ def strong_network(
         ValueError: names a layer or call that cannot be treated, or a layer whose weights are not finite.
     """
     chain = chain_of(network)
-    layers = [layer for _, layer in chain if isinstance(layer, nn.Linear | nn.Conv2d)]
-    if not layers:
-        raise ValueError(f"{type(network).__name__} has no layer to approximate: give {TREATED}")
     known = _known_inputs(chain, inputs)
-    total = sum(_sums(layer, of) for layer, of in zip(layers, known, strict=True))
-    done, scale = 0, 1.0
-    built: list[nn.Module] = []
-    tickets: list[StrongLayer] = []
-    targets: list[tuple[Tensor, Tensor]] = []
-    for name, layer in chain:
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            built.append(layer)
-            continue
-        weight, bias, own = _rescaled(name, layer, scale)
+    if not known:
+        raise ValueError(f"{type(network).__name__} has no layer to approximate: give {TREATED}")
+    layers = [layer for _, layer in chain if form_of(layer)]
+    ends = [0, *accumulate(_sums(layer, of) for layer, of in zip(layers, known, strict=True))]
+
+    def solved(place: int, name: str, layer: Any, before: float) -> Part:
+        weight, bias, scale = _rescaled(name, layer, before)
         ticket = strong_layer(
-            matrix_of(weight) if isinstance(layer, nn.Conv2d) else weight,
+            matrix_of(weight),
             None if layer.bias is None else bias,
             seed=seed,
-            layer=len(tickets),
+            layer=place,
             n=n,
             size=size,
             tolerance=tolerance,
             min_size=min_size,
             split=split,
-            inputs=known[len(tickets)],
-            progress=progress and (lambda now, _, before=done: progress(before + now, total)),
+            inputs=known[place],
+            progress=_after(ends[place], ends[-1], progress),
         )
-        done, scale = done + _sums(layer, known[len(tickets)]), scale * own
-        tickets.append(ticket)
-        targets.append((weight.cpu(), bias.cpu()))
-        if isinstance(layer, nn.Conv2d):
-            built.append(StrongConv2d(name, ticket, size, own, layer))
-        else:
-            built.append(StrongLinear(name, ticket, size, own))
-    return StrongNetwork(nn.Sequential(*built), tickets, targets).eval()
+        return Part(ticket, size, scale, weight, bias)
+
+    return assembled(chain, solved)
+
+
+class Part(NamedTuple):
+    """The ticket of one layer, products of each of its sums, its scale, and its target so scaled, in float64."""
+
+    ticket: StrongLayer
+    size: int | None
+    scale: float
+    weight: Tensor
+    bias: Tensor
+
+
+def assembled(chain: list[tuple[str, nn.Module]], part: Callable[[int, str, Any, float], Part]) -> StrongNetwork:
+    """The chain with a ticket in the place of each layer that has weights.
+
+    Args:
+        chain: names and modules, of `chain_of`.
+        part: (place, name, layer, product of the scales before) -> its ticket.
+    """
+    before, modules, parts = 1.0, [], []
+    for name, layer in chain:
+        if form := form_of(layer):
+            one = part(len(parts), name, layer, before)
+            before *= one.scale
+            layer = form(name, one.ticket, one.size, one.scale, layer)
+            parts.append(one)
+        modules.append(layer)
+    targets = [(one.weight.cpu(), one.bias.cpu()) for one in parts]
+    return StrongNetwork(nn.Sequential(*modules), [one.ticket for one in parts], targets).eval()
+
+
+def _after(start: int, total: int, progress: Progress | None) -> Progress | None:
+    """Progress of a layer as that of the network, of whose sums `start` are done before."""
+    return progress and (lambda done, _: progress(start + done, total))
 
 
 def _known_inputs(chain: list[tuple[str, nn.Module]], inputs: Inputs) -> list[Inputs]:
@@ -190,7 +228,7 @@ def _known_inputs(chain: list[tuple[str, nn.Module]], inputs: Inputs) -> list[In
     known: list[Inputs] = []
     now = inputs
     for _, layer in chain:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if form_of(layer):
             known.append(now)
             now = "any"
         elif isinstance(layer, nn.ReLU):
@@ -198,13 +236,13 @@ def _known_inputs(chain: list[tuple[str, nn.Module]], inputs: Inputs) -> list[In
     return known
 
 
-def _sums(layer: nn.Linear | nn.Conv2d, inputs: Inputs) -> int:
+def _sums(layer: Any, inputs: Inputs) -> int:
     """Number of subset sums of a layer's ticket."""
     bias = 0 if layer.bias is None else len(layer.bias)
     return layer.weight.numel() * (2 if inputs == "any" else 1) + bias
 
 
-def _rescaled(name: str, layer: nn.Linear | nn.Conv2d, before: float) -> tuple[Tensor, Tensor, float]:
+def _rescaled(name: str, layer: Any, before: float) -> tuple[Tensor, Tensor, float]:
     """Weight and bias in float64, none above 1/2, and what the weight was divided by."""
     weight = layer.weight.detach().double()
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double() / before

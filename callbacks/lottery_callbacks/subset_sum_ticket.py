@@ -70,10 +70,9 @@ class SubsetSumTicket(L.Callback):
     def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = self._target(pl_module)
         self.ticket = ticket = strong_network(target, **self.question)
-        weights = sum(parameter.numel() for parameter in target.parameters())
         self.found = {
             "strong/density": ticket.density,
-            "strong/kept_ratio": sum(ticket.counts) / weights,
+            "strong/kept_ratio": sum(ticket.counts) / ticket.weights,
             "strong/weight_error": float(ticket.errors.max()),
         }
         with evaluating(pl_module):

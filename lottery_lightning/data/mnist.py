@@ -14,20 +14,28 @@ from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
 class MNIST(TensorDataModule):
     """60,000 + 10,000 digits of 28 x 28 pixels: 55,000 train and 5,000 validation (arXiv 1803.03635), 10,000 test.
 
-    Images are (1, 28, 28), scaled to [0, 1] and normalised by mean 0.1307 and standard deviation 0.3081.
+    Images are (1, 28, 28), scaled to [0, 1] and, unless told not to, normalised by mean 0.1307 and standard deviation
+    0.3081.
 
     Args:
         data_dir: folder whose `MNIST/raw` holds the official files; they are downloaded there where absent.
         download: False never touches the network.
         val_size: training examples held out for validation.
+        normalise: False leaves the pixels in [0, 1].
         **kwargs: see `TensorDataModule`.
     """
 
     def __init__(
-        self, data_dir: str | Path = "data", download: bool = True, val_size: int = 5000, **kwargs: Any
+        self,
+        data_dir: str | Path = "data",
+        download: bool = True,
+        val_size: int = 5000,
+        normalise: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.data_dir, self.download, self.val_size = Path(data_dir), download, val_size
+        self.normalise = normalise
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -48,7 +56,8 @@ class MNIST(TensorDataModule):
         try:
             for train in (True, False):
                 data = datasets.MNIST(self.data_dir, train)
-                images = (self.change(data.data.unsqueeze(1).float() / 255, train) - 0.1307) / 0.3081
+                images = self.change(data.data.unsqueeze(1).float() / 255, train)
+                images = (images - 0.1307) / 0.3081 if self.normalise else images
                 if len(images) != len(data.targets):
                     raise ValueError(f"{len(images)} images and {len(data.targets)} labels")
                 sets[train] = (images, data.targets.to(torch.int64))

@@ -109,9 +109,7 @@ class StrongTickets:
         if problems:
             write_csv(work.run.run_dir / "problems.csv", problems)
         kinds = [problem["problem"] for problem in problems]
-        errors = ticket.errors
-        weights = sum(parameter.numel() for parameter in target.parameters())
-        counts = ticket.counts
+        errors, counts, weights = ticket.errors, ticket.counts, ticket.weights
         found: Row = {
             "n": n,
             "size": question.get("size"),

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lottery_lightning.networks.groups import Group, check_grid, filter_table, order
+from lottery_lightning.networks.groups import Group, check_grid, expanded, filter_table, order
 from lottery_lightning.networks.initialisation import Initialisation, initialise, reset_norms
+from lottery_lightning.networks.strong_equivariant import StrongGroupConv2d, StrongLiftingConv2d
 
 
 class GroupConv2d(nn.Conv2d):
@@ -35,6 +36,7 @@ class GroupConv2d(nn.Conv2d):
     """
 
     lifting = False
+    strong_form: type[StrongGroupConv2d] = StrongGroupConv2d
     index: Tensor
 
     def __init__(
@@ -56,11 +58,7 @@ class GroupConv2d(nn.Conv2d):
 
     def expanded(self) -> Tensor:
         """The filters of all group elements, (out |G|, in |G|, kernel, kernel); of a lifting (out |G|, in, ...)."""
-        taps = self.weight.flatten(2).unsqueeze(1)  # (out, 1, in, taps)
-        shape = (len(taps), len(self.index), *taps.shape[2:])
-        # Rows are permutations: no two gradients meet in the gather, whose backward is thus deterministic everywhere.
-        filters = taps.expand(shape).gather(3, self.index.unsqueeze(1).expand(shape))
-        return filters.reshape(shape[0] * shape[1], -1, *self.kernel_size)
+        return expanded(self.weight, self.index)
 
     def forward(self, input: Tensor) -> Tensor:
         """Feature maps (batch, out, |G|, size', size')."""
@@ -79,6 +77,7 @@ class LiftingConv2d(GroupConv2d):
     """
 
     lifting = True
+    strong_form = StrongLiftingConv2d
 
 
 class GroupMaxPool2d(nn.Module):
@@ -87,6 +86,8 @@ class GroupMaxPool2d(nn.Module):
     Raises:
         ValueError: in forward, a size that `kernel` does not divide.
     """
+
+    lipschitz = 1.0  # no place is in two windows
 
     def __init__(self, kernel: int = 2) -> None:
         super().__init__()

@@ -62,6 +62,18 @@ def filter_table(group: str, kernel: int, lifting: bool) -> Tensor:
     return torch.stack([act(taps, g).reshape(-1) for g in range(order(group))])
 
 
+def expanded(weight: Tensor, table: Tensor) -> Tensor:
+    """The filters of all group elements from a canonical bank (out, in, ...), by the table of `filter_table`.
+
+    (out |G|, in |G|, kernel, kernel) of (out, in, |G|, kernel, kernel); of a lifting (out |G|, in, kernel, kernel).
+    """
+    taps = weight.flatten(2).unsqueeze(1)  # (out, 1, in, taps)
+    shape = (len(taps), len(table), *taps.shape[2:])
+    # Rows are permutations: no two gradients meet in the gather, whose backward is thus deterministic everywhere.
+    filters = taps.expand(shape).gather(3, table.unsqueeze(1).expand(shape))
+    return filters.reshape(shape[0] * shape[1], -1, *weight.shape[-2:])
+
+
 def check_grid(shape: Sequence[int], kernel: int, stride: int, padding: int) -> None:
     """Refuse windows on images (..., height, width) whose grid the group does not map onto itself.
 

@@ -224,3 +224,20 @@ def fit_with(folder: Path, module: Any, data: Any, *callbacks: Any, seed: int = 
     L.seed_everything(seed, verbose=False)
     trainer.fit(module, data)
     return module, curve, probe
+
+
+class Functional(nn.Module):
+    """Calls where others have modules; layers are not in the order of their definition."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.body = nn.ModuleDict(
+            {"b": nn.Conv2d(4, 6, 3, padding="same", bias=False), "a": nn.Conv2d(2, 4, 3, stride=2)}
+        )
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = F.max_pool2d(F.relu(self.body["a"](images.contiguous())), 2, 1)
+        values = F.dropout(self.body["b"](values).relu(), 0.5, self.training)
+        return self.head(self.dropout(values.mean((2, 3))))

@@ -3,7 +3,7 @@
 Both are in float64 and of the Euclidean norm of the outputs. A layer W x + b of the target is approximated by
 P x+ + N x- + c, where x = x+ - x-. The difference (P - W) x+ + (N + W) x- has norm delta |x| at most, with the spectral
 norm delta = ||[P - W, N + W]||, since |x+|^2 + |x-|^2 = |x|^2. Let e bound the distance of the two networks before
-layer i, and r the norm of the approximation's values there, e = 0 and r = 1 at the input. After it
+layer i, and r the norm of the approximation's values there, e = 0 and r = the ball's radius at the input. After it
 
     e' = ||W|| e + delta r + |c - b|,    r' = (||W|| + delta) r + |c|.
 
@@ -11,13 +11,13 @@ Without biases this is sum_i delta_i prod_{j<i} (||W_j|| + delta_j) prod_{j>i} |
 r, and by its own error. Behind a ReLU x- = 0, and delta may be ||P - W|| alone, which is sharper. ReLU changes neither
 e nor r, a pooling multiplies both by its Lipschitz constant.
 
-Of a convolution, ||W|| and delta are the spectral norm of the unrolled kernels (out, in * taps) times the square root
-of the number of windows that a pixel is in: the number of taps, for stride 1. A bias is counted at each place.
+Of a convolution, ||W|| and delta are bounded by `convolution_norm`, and a bias is counted at each place.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd, inf, prod
+from math import ceil, cos, gcd, inf, pi, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Approximated:
         negative: N.
         constant: c (out,).
         product: the linear map: (values, W) -> W values.
-        stretch: its norm is this, at most, times the spectral norm of W (out, everything else).
+        bound: W (out, in or 2 in, ...) -> an upper bound of its norm.
         nonnegative: whether inputs are known to be >= 0; then N plays no part.
     """
 
@@ -44,7 +44,7 @@ class Approximated:
     negative: Tensor
     constant: Tensor
     product: Callable[[Tensor, Tensor], Tensor]
-    stretch: float
+    bound: Callable[[Tensor], float]
     nonnegative: bool
 
     def target(self, values: Tensor) -> Tensor:
@@ -61,17 +61,17 @@ class Approximated:
 
     def norm(self) -> float:
         """A bound of ||W||: the norm itself, for a matrix."""
-        return self.stretch * _spectral_norm(self.weight)
+        return self.bound(self.weight)
 
     def delta(self, nonnegative: bool) -> float:
         """A bound of ||[P - W, N + W]||, of ||P - W|| for inputs >= 0."""
         errors = [self.positive - self.weight]
         if not (self.nonnegative or nonnegative):
             errors.append(self.negative + self.weight)
-        return self.stretch * _spectral_norm(torch.cat(errors, dim=1))
+        return self.bound(torch.cat(errors, dim=1))
 
     def _shaped(self, bias: Tensor, values: Tensor) -> Tensor:
-        return bias.view(-1, 1, 1) if self.weight.ndim == 4 else bias
+        return bias.view(-1, *[1] * (values.ndim - 2)) if self.weight.ndim > 2 else bias
 
 
 @dataclass(frozen=True)
@@ -81,56 +81,66 @@ class Error:
     Attributes:
         value: the distance.
         norms: the bound of each layer's ||W||, as in the certificate.
+        radius: of the ball of inputs.
     """
 
     value: float
     norms: tuple[float, ...]
+    radius: float = 1.0
 
     @property
     def normalised(self) -> float:
-        """Divided by the product of the norms: the same however the layers are scaled."""
-        norms = prod(self.norms)
+        """Divided by the radius and the product of the norms: the same however the layers are scaled."""
+        norms = self.radius * prod(self.norms)
         return self.value / norms if norms else inf if self.value else 0.0
 
 
-def certificate(steps: Sequence[Approximated | nn.Module], shape: Sequence[int], behind_relu: bool = False) -> Error:
-    """An upper bound of the distance on all inputs of norm 1 or less; with >= 0, where inputs are known to be.
+def certificate(
+    steps: Sequence[Approximated | nn.Module], shape: Sequence[int], behind_relu: bool = False, radius: float = 1.0
+) -> Error:
+    """An upper bound of the distance on all inputs of that norm or less; with >= 0, where inputs are known to be.
 
     Args:
         steps: approximated layers, and between them ReLU, pooling and flattening.
         shape: of one input.
         behind_relu: use that x- = 0 there, also in tickets that do not rely on it.
+        radius: of the ball of inputs.
     """
-    error, radius, norms, nonnegative = 0.0, 1.0, [], False
+    error, reach, norms, nonnegative = 0.0, radius, [], False
     values = _zeros(steps, (1, *shape))
     for step in steps:
         before, values = values, step.target(values) if isinstance(step, Approximated) else step(values)
         if isinstance(step, Approximated):
             norm, delta, places = step.norm(), step.delta(nonnegative and behind_relu), values.numel() / len(step.bias)
             added = [places**0.5 * float(bias.norm()) for bias in (step.constant - step.bias, step.constant)]
-            error, radius = norm * error + delta * radius + added[0], (norm + delta) * radius + added[1]
+            error, reach = norm * error + delta * reach + added[0], (norm + delta) * reach + added[1]
             norms.append(norm)
             nonnegative = False
         else:
             lipschitz = _lipschitz(step, before)
-            error, radius = lipschitz * error, lipschitz * radius
+            error, reach = lipschitz * error, lipschitz * reach
             nonnegative |= isinstance(step, nn.ReLU)
-    return Error(error, tuple(norms))
+    return Error(error, tuple(norms), radius)
 
 
 def searched_error(
-    steps: Sequence[Approximated | nn.Module], shape: Sequence[int], count: int, restarts: int, seed: int
+    steps: Sequence[Approximated | nn.Module],
+    shape: Sequence[int],
+    count: int,
+    restarts: int,
+    seed: int,
+    radius: float = 1.0,
 ) -> Error:
     """The largest distance that gradient ascent finds there: a lower bound of the largest that there is.
 
-    `count` steps from each of `restarts` random inputs at once; a step has length 0.5 at first and 0.005 at the end.
+    `count` steps from each of `restarts` random inputs at once; a step has half the radius at first, 0.005 at the end.
     """
     layers = [step for step in steps if isinstance(step, Approximated)]
     nonnegative, device = layers[0].nonnegative, layers[0].weight.device
 
     def into_ball(points: Tensor) -> Tensor:
         points = points.clamp(min=0.0) if nonnegative else points
-        return points / _norms(points).clamp(min=1.0)
+        return points / (_norms(points) / radius).clamp(min=1.0)
 
     def distance(points: Tensor) -> Tensor:
         target = approximation = points
@@ -145,7 +155,7 @@ def searched_error(
     points = torch.randn(restarts, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(
         device
     )
-    points = into_ball(points * 1e3)
+    points = into_ball(points * 1e3 * radius)
     largest = float(distance(torch.zeros_like(points[:1])))  # of the biases
     for turn in range(count + 1):
         points.requires_grad_()
@@ -153,9 +163,9 @@ def searched_error(
             distances = distance(points)
             (slope,) = torch.autograd.grad(distances.sum(), points)
         largest = max(largest, float(distances.detach().max()))
-        length = 0.5 * 0.01 ** (turn / max(1, count))
+        length = 0.5 * radius * 0.01 ** (turn / max(1, count))
         points = into_ball(points.detach() + length * slope / _norms(slope).clamp(min=1e-300))
-    return Error(largest, tuple(layer.norm() for layer in layers))
+    return Error(largest, tuple(layer.norm() for layer in layers), radius)
 
 
 def overlaps(kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> int:
@@ -167,7 +177,36 @@ def overlaps(kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[i
     return prod(ceil(k * gcd(s, d) / s) for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
-def _lipschitz(step: nn.Module, before: Tensor) -> float:
+def spectral_norm(weight: Tensor) -> float:
+    """The largest singular value of (out, ...) as a matrix: the root of the greatest eigenvalue of its Gram matrix."""
+    return _largest(weight.flatten(1))
+
+
+def convolution_norm(kernel: Tensor, windows: int) -> float:
+    """An upper bound of the norm of a convolution with zeros around, of any stride and dilation.
+
+    The smaller of two bounds. One is the spectral norm of the kernel unrolled to (out, in * taps), times the root of
+    the number of windows that a pixel is in. The other is the norm of the convolution on the whole plane, of which this
+    one is a part: the largest ||K(w)|| over frequencies w, K(w) = sum_t K_t exp(i w t). It is taken over a grid of
+    N = 16 (k - 1) frequencies for an axis of k taps: |u* K(w) v|^2 is a trigonometric polynomial of degree k - 1, which
+    near its maximum falls no faster than a cosine (M. Riesz), so that the grid's exceeds cos(pi / 16) of it, an axis.
+
+    Args:
+        kernel: (out, in, height, width).
+        windows: that a pixel is in, see `overlaps`.
+
+    >>> round(convolution_norm(torch.ones(1, 1, 3, 3), 9), 2), round(convolution_norm(torch.ones(1, 1, 2, 2), 1), 2)
+    (9.0, 2.0)
+    """
+    grid = [max(1, 16 * (taps - 1)) for taps in kernel.shape[2:]]
+    slack = prod(cos(pi / 16) ** -0.5 for taps in kernel.shape[2:] if taps > 1)
+    plane = torch.fft.rfft2(kernel, s=grid).flatten(2).permute(2, 0, 1)
+    return min(windows**0.5 * spectral_norm(kernel), slack * max(_largest(part) for part in plane.split(256)))
+
+
+def _lipschitz(step: Any, before: Tensor) -> float:
+    if hasattr(step, "lipschitz"):
+        return step.lipschitz
     if isinstance(step, nn.MaxPool2d):
         kernel, stride, dilation = (_pair(size) for size in (step.kernel_size, step.stride, step.dilation))
         return overlaps(kernel, stride, dilation) ** 0.5
@@ -184,11 +223,10 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _spectral_norm(weight: Tensor) -> float:
-    """The root of the greatest eigenvalue of the smaller Gram matrix."""
-    matrix = weight.flatten(1)
-    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
+def _largest(matrices: Tensor) -> float:
+    """The largest singular value of (..., m, n): the root of the greatest eigenvalue of the smaller Gram matrix."""
+    gram = matrices @ matrices.mH if matrices.shape[-2] <= matrices.shape[-1] else matrices.mH @ matrices
+    return float(torch.linalg.eigvalsh(gram)[..., -1].max().clamp(min=0.0).sqrt())
 
 
 def _norms(points: Tensor) -> Tensor:

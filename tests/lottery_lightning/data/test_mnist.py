@@ -59,6 +59,16 @@ def test_pixels_are_scaled_and_normalised_and_labels_stay_with_their_images(smal
     assert sorted(seen) == sorted([*range(12), *range(5)])
 
 
+def test_pixels_may_stay_as_they_are(small):
+    data, normalised = offline(small, normalise=False, val_size=2), offline(small, val_size=2)
+    for one in (data, normalised):
+        one.prepare_data()
+        one.setup("fit")
+    images = data.splits["train"][0]
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal((images - 0.1307) / 0.3081, normalised.splits["train"][0])
+
+
 def test_a_set_that_is_read_already_is_not_read_again(small):
     data = offline(small, val_size=2)
     data.setup("fit")
