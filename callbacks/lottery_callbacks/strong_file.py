@@ -16,10 +16,10 @@ from lottery_callbacks.chain_of import chain_of
 from lottery_callbacks.functional.strong_edges import KeptEdges, RandomLayer
 from lottery_callbacks.functional.strong_layer import StrongLayer
 from lottery_callbacks.strong_modules import StrongModule, form_of, matrix_of
-from lottery_callbacks.strong_network import Part, StrongNetwork, assembled
+from lottery_callbacks.strong_network import Part, StrongNetwork, assembled, known_inputs
 from lottery_callbacks.ticket import write_atomically
 
-FORMAT = "strong-ticket/1"
+FORMAT = "strong-ticket/2"
 KEPT = ("units", "outputs", "places")
 
 
@@ -60,6 +60,8 @@ def load_strong_ticket(path: str | os.PathLike[str], network: nn.Module) -> Stro
             f"{path} is a ticket of {', '.join(layer['name'] for layer in layers)}: the network has {names}"
         )
 
+    known = known_inputs(chain, "nonnegative")
+
     def read(place: int, name: str, module: Any, before: float) -> Part:
         own = layers[place]
         weight = module.weight.detach().cpu().double() / own["scale"]
@@ -67,10 +69,14 @@ def load_strong_ticket(path: str | os.PathLike[str], network: nn.Module) -> Stro
         bias = bias.double() / (before * own["scale"])
         matrix = matrix_of(weight)
         random = RandomLayer(**own["random"] | {"shape": tuple(own["random"]["shape"])})
-        if random.shape != tuple(matrix.shape) or random.biases != (0 if module.bias is None else len(bias)):
+        biases = 0 if module.bias is None else len(bias)
+        if random.shape != tuple(matrix.shape) or random.biases != biases:
             raise ValueError(
-                f"{path} is a ticket for {name} of shape {random.shape}: the network's is {[*weight.shape]}"
+                f"{path} has {name} as a matrix {[*random.shape]} with {random.biases} biases: the network's is "
+                f"{[*matrix.shape]} with {biases}"
             )
+        if random.inputs == "nonnegative" and known[place] == "any":
+            raise ValueError(f"{path} relies on inputs >= 0 of {name}: no ReLU is before it in the network")
         kept = [tensors[f"{place}.{kept}"].long() for kept in KEPT]
         ticket = _layer(random, kept, matrix, bias, module.bias is not None)
         if _digest(ticket.edges) != own["digest"] or ticket.counts._asdict() != own["counts"]:
@@ -78,6 +84,9 @@ def load_strong_ticket(path: str | os.PathLike[str], network: nn.Module) -> Stro
         return Part(ticket, own["size"], own["scale"], weight, bias)
 
     found = assembled(chain, read)
+    for layer, own in zip(found.strong, layers, strict=True):
+        if layer.kind != own["kind"]:
+            raise ValueError(f"{path} has {layer.name} as a {own['kind']}: the network's is a {layer.kind}")
     found.verify()
     return found
 
@@ -85,6 +94,7 @@ def load_strong_ticket(path: str | os.PathLike[str], network: nn.Module) -> Stro
 def _described(layer: StrongModule) -> dict[str, Any]:
     return {
         "name": layer.name,
+        "kind": layer.kind,
         "random": asdict(layer.random),
         "scale": layer.scale,
         "size": layer.size,

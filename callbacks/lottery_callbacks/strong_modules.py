@@ -32,7 +32,10 @@ class StrongModule(nn.Module):
         random: the random layers that it prunes.
         counts: kept weights, as built.
         taps: the target's weight is (out, in, *taps).
+        dimensions: of its inputs, the batch among them; None for any from 2 on.
     """
+
+    dimensions: int | None = None
 
     units: Tensor
     inputs: Tensor
@@ -47,6 +50,12 @@ class StrongModule(nn.Module):
             self.register_buffer(field, tensor)
         self.name, self.random, self.counts = name, ticket.random, ticket.counts
         self.size, self.scale, self.taps = size, scale, tuple(like.weight.shape[2:])
+        self.dimensions = getattr(like, "dimensions", self.dimensions)
+
+    @property
+    def kind(self) -> str:
+        """What distinguishes its forward from others with the same edges; kept in files."""
+        return type(self).__name__
 
     @property
     def edges(self) -> KeptEdges:
@@ -79,12 +88,16 @@ class StrongModule(nn.Module):
     def _effective(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.edges.effective(self.random.shape)
 
+    def _check(self, values: Tensor, axis: int) -> None:
+        if self.dimensions not in (None, values.ndim) or values.shape[axis] != self.random.shape[1]:
+            dimensions = "" if self.dimensions is None else f"{self.dimensions} dimensions and "
+            raise ValueError(
+                f"{self.name} takes values of {dimensions}{self.random.shape[1]} inputs or channels, "
+                f"not {[*values.shape]}"
+            )
+
     def _pieces(self, values: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """`forward` of the whole batch, in pieces of about HIDDEN hidden values."""
-        if values.shape[1] != self.random.shape[1]:
-            raise ValueError(
-                f"{self.name} takes {self.random.shape[1]} inputs or channels, not values {[*values.shape]}"
-            )
         size = max(1, HIDDEN // max(1, len(self.units) * prod(values.shape[2:])))
         return torch.cat([forward(piece) for piece in values.split(size)])
 
@@ -97,6 +110,8 @@ class StrongLinear(StrongModule):
 
     def forward(self, values: Tensor) -> Tensor:
         """Outputs (..., out) of values (..., in)."""
+        if values.ndim == 1:
+            return self(values.unsqueeze(0)).squeeze(0)
         starts = torch.searchsorted(self.outputs, torch.arange(self.random.shape[0], device=self.outputs.device))
 
         def product(piece: Tensor) -> Tensor:
@@ -104,6 +119,7 @@ class StrongLinear(StrongModule):
             return F.embedding_bag(self.places, hidden.relu_(), starts, mode="sum", per_sample_weights=self.second).T
 
         sources = self.inputs.remainder(self.random.shape[1] + 1)  # the constant, -1, is the last
+        self._check(values, -1)
         return self._pieces(values.flatten(0, -2), product).unflatten(0, values.shape[:-1])
 
     def approximates(self, weight: Tensor, bias: Tensor) -> Approximated:
@@ -126,11 +142,7 @@ class StrongConv2d(StrongModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, out, ..., height', width') of images (B, in, ..., height, width)."""
-        if images.ndim != self.dimensions:
-            raise ValueError(
-                f"{self.name} takes values of {self.dimensions} dimensions, (batch, channels, ..., height, width), "
-                f"not {[*images.shape]}"
-            )
+        self._check(images, 1)
         taps, channels = prod(self.taps), self.random.shape[0] // prod(self.taps)
         kernel = self.second.new_zeros(channels, len(self.units), taps)
         kernel.index_put_((self.outputs // taps, self.places, self.outputs % taps), self.second)
@@ -173,8 +185,8 @@ FORMS: dict[type[nn.Module], type[StrongModule]] = {nn.Linear: StrongLinear, nn.
 
 
 def form_of(layer: nn.Module) -> type[StrongModule] | None:
-    """What stands for this layer: its own `strong_form`, or one of `FORMS`; None where it has no weights."""
-    return getattr(layer, "strong_form", None) or FORMS.get(type(layer))
+    """What stands for this layer: its class's own `strong_form`, or one of `FORMS`; None where it has no weights."""
+    return vars(type(layer)).get("strong_form") or FORMS.get(type(layer))
 
 
 def matrix_of(weight: Tensor) -> Tensor:

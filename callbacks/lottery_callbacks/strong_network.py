@@ -41,7 +41,8 @@ class StrongNetwork(nn.Module):
         first = next(layer for layer in self.layers if isinstance(layer, StrongModule | nn.ReLU))
         if isinstance(first, StrongModule) and first.random.inputs == "nonnegative" and (values < 0).any():
             raise ValueError("the ticket relies on inputs >= 0 and some are below: build it with inputs='any'")
-        return (self.layers(values.to(self.strong[0].first.dtype)) * prod(self.scales)).to(values.dtype)
+        outputs = self.layers(values.to(self.strong[0].first.dtype)) * prod(self.scales)
+        return outputs.to(values.dtype) if values.is_floating_point() else outputs
 
     @property
     def strong(self) -> list[StrongModule]:
@@ -69,7 +70,7 @@ class StrongNetwork(nn.Module):
 
     @property
     def random_parameters(self) -> int:
-        """Weights of the random network, which is never materialised."""
+        """Weights of the random network, which is never materialised; of convolutions see `StrongConv2d`."""
         return sum(layer.random.parameters for layer in self.strong)
 
     @property
@@ -144,7 +145,8 @@ def strong_network(
     what is between them stays, and a batch norm is folded before. Of a layer that is equivariant under a group the
     coefficients are approximated, never the expanded weights: masks keep it equivariant. By positive homogeneity,
     f(s x) = s f(x) for s > 0, layers are rescaled: weights are divided by s_i, biases by s_1 .. s_i, such that none is
-    above 1/2, and the output is multiplied by all s_i.
+    above 1/2, and the output is multiplied by all s_i. Where a bias is the largest, weights are below 1/2, and errors,
+    which are absolute, weigh more.
 
     Args:
         network: a chain of Linear, Conv2d, batch norm, ReLU, pooling, Flatten and Dropout, also where these are called
@@ -163,7 +165,7 @@ def strong_network(
         ValueError: names a layer or call that cannot be treated, or a layer whose weights are not finite.
     """
     chain = chain_of(network)
-    known = _known_inputs(chain, inputs)
+    known = known_inputs(chain, inputs)
     if not known:
         raise ValueError(f"{type(network).__name__} has no layer to approximate: give {TREATED}")
     layers = [layer for _, layer in chain if form_of(layer)]
@@ -223,7 +225,7 @@ def _after(start: int, total: int, progress: Progress | None) -> Progress | None
     return progress and (lambda done, _: progress(start + done, total))
 
 
-def _known_inputs(chain: list[tuple[str, nn.Module]], inputs: Inputs) -> list[Inputs]:
+def known_inputs(chain: list[tuple[str, nn.Module]], inputs: Inputs) -> list[Inputs]:
     """What each layer may rely on: values after a ReLU are >= 0, and pooling and flattening leave them so."""
     known: list[Inputs] = []
     now = inputs

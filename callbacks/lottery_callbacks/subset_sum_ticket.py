@@ -39,7 +39,8 @@ class SubsetSumTicket(L.Callback):
         seed: of the random network.
 
     Raises:
-        ValueError: before the first step, names a layer that cannot be treated.
+        ValueError: before the first step, names a layer that cannot be treated; at the end, weights that are not
+            finite, and data below 0 where they were said to be above.
     """
 
     def __init__(
@@ -69,6 +70,10 @@ class SubsetSumTicket(L.Callback):
 
     def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = self._target(pl_module)
+        if self.network is None and self.question["inputs"] == "nonnegative":
+            for inputs, *_ in islice(_batches(trainer, pl_module), 1):  # before minutes of sums
+                if (inputs < 0).any():
+                    raise ValueError("inputs='nonnegative', but the validation data are below 0: leave it 'any'")
         self.ticket = ticket = strong_network(target, **self.question)
         self.found = {
             "strong/density": ticket.density,

@@ -11,12 +11,16 @@ from lottery_lightning.networks.groups import check_grid, expanded
 
 
 class StrongGroupConv2d(StrongConv2d):
-    """The ticket of a `GroupConv2d`: hidden channels of one group element, ReLU, then a group convolution.
+    """The ticket of a `GroupConv2d`: hidden channels by the identity's coefficient, ReLU, then a group convolution.
 
     Hidden features u_r x[j] keep every input feature's place and group element, so that they turn with it; their
     positive and negative parts are split by the sign of u_r, since the group permutes values and changes no sign. The
     second layer's coefficients v are the core's outputs (channel, shift, tap), and its filters are gathered from them
     as the target's are: whatever is kept, the layer is exactly equivariant. A random weight is one coefficient.
+
+    Deviation: the first random layer has but the identity's coefficient for each pair of channels, a 1 x 1 convolution,
+    as the proofs for plain convolutions have it. With all coefficients, of which the theorem's proof prunes the others,
+    it would have as many times more weights, and a ticket a lower density than the one that is counted here.
     """
 
     dimensions = 5
@@ -25,6 +29,10 @@ class StrongGroupConv2d(StrongConv2d):
     def __init__(self, name: str, ticket: StrongLayer, size: int | None, scale: float, like: Any) -> None:
         super().__init__(name, ticket, size, scale, like)
         self.register_buffer("index", like.index, persistent=False)
+
+    @property
+    def kind(self) -> str:
+        return f"{super().kind} of {len(self.index)} group elements"
 
     def convolved(self, padded: Tensor, kernel: Tensor) -> Tensor:
         check_grid(padded.shape, self.kernel_size[0], self.stride[0], 0)

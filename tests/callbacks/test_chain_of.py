@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,11 +54,28 @@ class Conditional(Residual):
         return self.inner(values) if values.sum() > 0 else values
 
 
+class Scaled(nn.Linear):
+    def forward(self, values: Tensor) -> Tensor:
+        return F.linear(values, 2 * self.weight, self.bias)
+
+
 REFUSED = {
-    "1 .BatchNorm1d. does not follow": nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)),
-    "2 .BatchNorm1d. does not follow": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)),
-    "1 .BatchNorm2d. .* has no stat": nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    "1 .BatchNorm1d. cannot be folded": nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)),
+    "2 .BatchNorm1d. cannot be folded": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)),
+    "1 .BatchNorm2d. .* have running statistics": nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+    ),
     "1 .AdaptiveMaxPool2d. cannot": nn.Sequential(nn.Conv2d(4, 4, 3), nn.AdaptiveMaxPool2d(3)),
+    "1 .BatchNorm1d. .* of 3 outputs": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3)),
+    "1 .BatchNorm2d. cannot be folded": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm2d(4)),
+    "1 .BatchNorm1d. cannot be folded: ": nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm1d(4)),
+    "0 .Conv2d. cannot": nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "0 .ParametrizedLinear. has parametrizations": nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    ),
+    "view.* cannot be treated": Viewed(lambda x: x.view(x.size(1), -1)),
+    "view.-1, 5. is followed by no Linear": Viewed(lambda x: x.view(-1, 5)),
+    "layer .Scaled. uses its weights in its own way": Viewed(lambda x: x),
     "amax .amax. cannot be treated": Viewed(lambda x: x.amax(1)),
     "1.0 .LeakyReLU. cannot be treated": nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LeakyReLU())),
     "0 .Conv2d. cannot be treated": nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
@@ -74,6 +93,9 @@ REFUSED = {
 }
 
 
+REFUSED["layer .Scaled. uses its weights in its own way"].layer = Scaled(8, 2)
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_treated_is_named(message):
     with pytest.raises(ValueError, match=message):
@@ -84,17 +106,53 @@ def test_tracing_leaves_nothing_in_the_target():
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.calls, self.last = nn.Linear(4, 3), 0, None
+            self.layer, self.calls, self.last, self.seen = nn.Linear(4, 3), 0, None, []
+            self.register_buffer("passes", torch.zeros(()))
 
         def forward(self, values):
             self.calls += 1
+            self.passes += 1
             self.last = self.layer(values)
+            self.seen.append(values)
             return self.last
 
     network = Counts()
     strong_network(network, seed=0, n=8, size=2)
-    assert network.calls == 0
-    assert network.last is None
+    assert (network.calls, network.last, network.seen, float(network.passes)) == (0, None, [], 0.0)
+
+
+def test_what_is_returned_shares_no_hook_buffer_or_mode_with_the_target():
+    class Pool(nn.Module):
+        lipschitz = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.MaxPool2d(2)
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.pool(values)
+
+    network, calls, lock = (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), Pool(), nn.MaxPool2d(1)),
+        [],
+        threading.Lock(),
+    )
+    network[0].register_forward_hook(lambda *_: calls.append(lock))  # a lock cannot be copied
+    network[4].register_forward_hook(lambda *_: calls.append(lock))
+    network[4].register_full_backward_hook(lambda *_: calls.append(lock))
+    ticket = strong_network(network, seed=0, n=8, size=2).double()
+    ticket(torch.rand(1, 1, 6, 6))
+    ticket.searched_error(1, 1, shape=(1, 6, 6))
+    assert calls == []
+    assert network[3].pool.training
+    assert network[3].scale.dtype == torch.float32
+    assert [parameter.requires_grad for parameter in network.parameters()] == [True] * 4
+
+
+def test_a_compiled_network_is_the_one_inside():
+    network = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    assert chain_of(torch.compile(network))[0][1] is network[0]
 
 
 def test_a_weight_that_a_hook_sets_is_refused_and_a_permanent_one_is_not():
@@ -146,16 +204,42 @@ class Maximum(nn.Module):
 
 
 def test_a_layer_of_another_package_takes_part_by_what_it_declares():
-    class Clipped(nn.Module):
+    class Magnitude(nn.Module):
         lipschitz = 1.0
 
         def forward(self, values: Tensor) -> Tensor:
-            return values.clamp(max=0.5)
+            return values.abs()
 
-    network = nn.Sequential(nn.Linear(3, 3), Clipped(), nn.ReLU(), nn.Linear(3, 2))
-    assert isinstance(chain_of(network)[1][1], Clipped)
-    ticket = strong_network(network, seed=0, n=20, size=3)
+    network = nn.Sequential(nn.Linear(3, 3), Magnitude(), nn.ReLU(), nn.Linear(3, 2))
+    nn.init.uniform_(network[0].weight, -4, 4)
+    assert isinstance(chain_of(network)[1][1], Magnitude)
+    ticket, values = strong_network(network, seed=0, n=30, size=3), torch.randn(50, 3)
+    assert (ticket(values) - network(values)).abs().max() < 0.02 * network(values).abs().max()
     assert 0 < ticket.searched_error(50, 4).value <= ticket.certificate().value
-    del Clipped.lipschitz
-    with pytest.raises(ValueError, match="clamp"):
+    del Magnitude.lipschitz
+    with pytest.raises(ValueError, match=r"abs.* cannot be treated"):
         chain_of(network)
+
+
+def test_a_constant_says_nothing_of_a_module_with_weights():
+    class Block(nn.Module):
+        lipschitz = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.inner(values).relu()
+
+    ticket = strong_network(nn.Sequential(Block(), nn.Linear(3, 2)), seed=0, n=8, size=2)
+    assert [layer.name for layer in ticket.strong] == ["0.inner", "1"]
+    assert not list(ticket.parameters())
+
+
+def test_a_norm_after_a_linear_is_one_of_its_outputs_for_flat_values_alone():
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    ticket = strong_network(network, seed=0, n=8, size=2)
+    assert ticket(torch.rand(2, 4)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"0 takes values of 2 dimensions and 4 inputs or channels, not \[2, 3, 4\]"):
+        ticket(torch.rand(2, 3, 4))

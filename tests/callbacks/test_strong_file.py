@@ -60,11 +60,11 @@ def test_no_weight_is_in_the_file(tmp_path, dense):
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, dense):
     path = save_strong_ticket(strong_network(dense, seed=3, n=10, size=2), tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"for hidden\.0 of shape \(8, 12\): the network's is \[8, 13\]"):
+    with pytest.raises(ValueError, match=r"hidden\.0 as a matrix \[8, 12\] with 8 biases: the network's is \[8, 13\]"):
         load_strong_ticket(path, Dense([13, 8, 5]))
     with pytest.raises(ValueError, match="is a ticket of hidden"):
         load_strong_ticket(path, nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)))
-    with pytest.raises(ValueError, match=r"of shape \(8, 12\)"):
+    with pytest.raises(ValueError, match=r"\[8, 12\] with 8 biases: the network's is \[8, 12\] with 0"):
         load_strong_ticket(path, Dense([12, 8, 5], bias=False))
     with pytest.raises(ValueError, match="is missing or torn"):
         load_strong_ticket(tmp_path / "absent.safetensors", dense)
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, dense):
     with pytest.raises(ValueError, match="is missing or torn"):
         load_strong_ticket(tmp_path / "torn.safetensors", dense)
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no ticket of format strong-ticket/1"):
+    with pytest.raises(ValueError, match="no ticket of format strong-ticket/2"):
         load_strong_ticket(tmp_path / "other.safetensors", dense)
 
 
@@ -86,3 +86,11 @@ def test_a_changed_edge_is_found(tmp_path, dense, key, change):
     path.write_bytes(safetensors.torch.save(tensors, metadata))
     with pytest.raises((ValueError, RuntimeError), match=r"not those that were saved|output|hidden"):
         load_strong_ticket(path, dense)
+
+
+def test_a_ticket_that_relies_on_a_relu_is_refused_where_there_is_none(tmp_path):
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    path = save_strong_ticket(strong_network(network, seed=0, n=12, size=2, inputs="nonnegative"), tmp_path / "t")
+    load_strong_ticket(path, network)
+    with pytest.raises(ValueError, match="relies on inputs >= 0 of 2: no ReLU is before it"):
+        load_strong_ticket(path, nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 2)))

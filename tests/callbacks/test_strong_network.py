@@ -236,12 +236,14 @@ def test_on_a_gpu():
 
 def test_inputs_of_another_width_are_refused():
     ticket = strong_network(drawn(nn.Sequential(nn.Linear(4, 3))), seed=0, n=8, size=2)
-    with pytest.raises(ValueError, match=r"0 takes 4 inputs or channels, not values \[3, 7\]"):
+    with pytest.raises(ValueError, match=r"0 takes values of 4 inputs or channels, not \[3, 7\]"):
         ticket(torch.rand(3, 7))
     ticket = strong_network(drawn(nn.Sequential(nn.Conv2d(1, 3, 3))), seed=0, n=8, size=2)
-    with pytest.raises(ValueError, match=r"0 takes 1 inputs or channels, not values \[2, 3, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"0 takes values of 4 dimensions and 1 inputs or channels, not \[2, 3, 8, 8\]"
+    ):
         ticket(torch.rand(2, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"0 takes values of 4 dimensions, .* not \[1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"0 takes values of 4 dimensions and 1 inputs .* not \[1, 8, 8\]"):
         ticket(torch.rand(1, 8, 8))
 
 
@@ -270,6 +272,14 @@ def test_float64_and_bf16_values_are_answered_in_their_own_type():
         ticket, values = strong_network(network, seed=0, n=30, size=3), torch.rand(5, 4).to(dtype)
         assert ticket(values).dtype == dtype
         torch.testing.assert_close(ticket(values), network(values), atol=0.05, rtol=0)
+
+
+def test_one_input_and_integers_are_answered_too():
+    network = drawn(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    ticket, values = strong_network(network, seed=0, n=30, size=3), torch.tensor([[3, 1, 0, 2]])
+    assert ticket(values).dtype == torch.float32
+    assert ticket(values[0].float()).equal(ticket(values.float())[0])
+    torch.testing.assert_close(ticket(values), network(values.float()), atol=0.05, rtol=0)
 
 
 def test_a_convolution_of_which_nothing_is_kept_gives_zeros_of_the_right_shape():

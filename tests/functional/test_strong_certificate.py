@@ -101,3 +101,19 @@ def test_a_layer_s_own_constant_counts():
     assert certificate(steps, (1, 1, 1), radius=3.0).normalised == pytest.approx(0.2)
     assert certificate(steps[:1], (1, 1, 1)).norms == (1.0,)
     assert math.isclose(searched_error(steps[:1], (1, 1, 1), 50, 2, 0, radius=3.0).value, 0.3, rel_tol=1e-6)
+
+
+def test_the_maximum_between_frequencies_of_the_grid_is_bounded_too():
+    taps = torch.tensor([1, 0.5, -0.3], dtype=torch.float64)
+    unit = torch.eye(100, dtype=torch.float64).view(100, 1, 100, 1)
+    maps = F.conv2d(unit, taps.view(1, 1, 3, 1), padding=(2, 0)).flatten(1)
+    exact = float(torch.linalg.matrix_norm(maps, 2))
+    assert exact <= convolution_norm(taps.view(1, 1, 3, 1), 3) < 1.02 * exact  # the grid alone gives less than `exact`
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, math.inf])
+def test_a_ball_has_a_radius(radius):
+    with pytest.raises(ValueError, match=r"radius=.*: choose a number above 0"):
+        certificate([by_hand(1.1)], (1, 1, 1), radius=radius)
+    with pytest.raises(ValueError, match=r"radius=.*: choose a number above 0"):
+        searched_error([by_hand(1.1)], (1, 1, 1), 1, 1, 0, radius=radius)

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from lottery_callbacks import load_strong_ticket, save_strong_ticket, strong_network
-from lottery_callbacks.functional.bounds import parameters
 from lottery_lightning.networks import GroupCNN
 from lottery_lightning.networks.equivariant import GroupConv2d, GroupMaxPool2d, LiftingConv2d
 from lottery_lightning.networks.groups import order, transform, transform_features
@@ -68,7 +67,9 @@ def test_counts_are_those_of_the_coefficients(group):
     outputs, inputs = [3 * 9, 4 * 9 * g, 4 * 9 * g, 5], [1, 3, 4, 4]
     coefficients = sum(o * i for o, i in zip(outputs, inputs, strict=True))
     assert ticket.weights == coefficients + 3 + 4 + 4 + 5
-    assert ticket.random_parameters == sum(parameters([i + 1, o], [21]) for o, i in zip(outputs, inputs, strict=True))
+    assert ticket.random_parameters == sum(
+        42 * (i + 1) * (i + 1) + 42 * (i + 1) * o for o, i in zip(outputs, inputs, strict=True)
+    )
     assert ticket.counts.second == 2 * (2 * coefficients + 16)
     assert not any(layer.infeasible for layer in ticket.tickets)
 
@@ -96,8 +97,25 @@ def test_a_file_gives_the_same_ticket(tmp_path):
     found = load_strong_ticket(save_strong_ticket(ticket, tmp_path / "ticket.safetensors"), network)
     assert found(images).equal(ticket(images))
     torch.testing.assert_close(found.errors, ticket.errors, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="of shape"):
+    with pytest.raises(ValueError, match=r"features.4 as a matrix \[144, 3\] with 4 biases.* \[288, 3\] with 4"):
         load_strong_ticket(tmp_path / "ticket.safetensors", trained("D4"))
+
+
+def test_a_file_of_another_group_with_as_many_coefficients_is_refused(tmp_path):
+    path, lifting = tmp_path / "ticket.safetensors", LiftingConv2d(1, 2, 3, "C4")
+    save_strong_ticket(strong_network(nn.Sequential(lifting), seed=0, n=8, size=1), path)
+    for other in (LiftingConv2d(1, 2, 3, "D4"), nn.Conv2d(1, 2, 3)):
+        with pytest.raises(ValueError, match="has 0 as a StrongLiftingConv2d of 4 group elements: the network's is a"):
+            load_strong_ticket(path, nn.Sequential(other))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_parent():
+    class Doubled(LiftingConv2d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match="cannot be traced"):
+        strong_network(nn.Sequential(Doubled(1, 2, 3, "C4")), seed=0, n=8, size=1)
 
 
 def test_grids_that_the_group_does_not_map_onto_themselves_are_refused():
@@ -106,9 +124,13 @@ def test_grids_that_the_group_does_not_map_onto_themselves_are_refused():
         ticket(torch.rand(1, 1, 6, 6))
 
 
-def test_pooling_is_treated_and_nothing_is_added_to_its_constant():
-    assert GroupMaxPool2d.lipschitz == 1.0
+def test_pooling_moves_no_two_maps_further_apart():
     values, others = torch.randn(2, 50, 3, 4, 6, 6, dtype=torch.float64)
     pool = GroupMaxPool2d(3)
     apart = (pool(values) - pool(others)).flatten(1).norm(dim=1)
-    assert (apart <= (values - others).flatten(1).norm(dim=1)).all()
+    assert (apart <= pool.lipschitz * (values - others).flatten(1).norm(dim=1)).all()
+    layer, shape = LiftingConv2d(1, 2, 3, "C4"), (1, 8, 8)
+    without, with_pool = (
+        strong_network(nn.Sequential(*chain), seed=0, n=8, size=1) for chain in ([layer], [layer, pool])
+    )
+    assert with_pool.certificate(shape).value == without.certificate(shape).value
