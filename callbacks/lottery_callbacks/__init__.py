@@ -2,6 +2,7 @@
 
 from lottery_callbacks.apply_ticket import ApplyTicket
 from lottery_callbacks.checkpoints import ResumeCheckpoint, newest_checkpoint
+from lottery_callbacks.edge_popup import EdgePopup
 from lottery_callbacks.export import export_onnx
 from lottery_callbacks.gradual_pruning import GradualPruning
 from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePruning, Level
@@ -18,6 +19,7 @@ from lottery_callbacks.validation_curve import ValidationCurve
 
 __all__ = [
     "ApplyTicket",
+    "EdgePopup",
     "GradualPruning",
     "IterativeMagnitudePruning",
     "Level",

@@ -111,9 +111,9 @@ def _declared(module: nn.Module) -> bool:
 
 def _folded(name: str, norm: Any, steps: list[tuple[str, nn.Module]]) -> nn.Module:
     """The last step's layer with the batch norm, as in evaluation, in its weight and bias."""
-    layer: Any = steps[-1][1] if steps else None
+    layer: Any = steps[-1][1] if steps else nn.Identity()
     linear = isinstance(layer, nn.Linear)
-    fits = layer is not None and form_of(layer) is not None and linear == isinstance(norm, nn.BatchNorm1d)
+    fits = form_of(layer) is not None and linear == isinstance(norm, nn.BatchNorm1d)
     if not fits or len(layer.weight) != norm.num_features or norm.running_mean is None:
         raise ValueError(
             f"{name} ({type(norm).__name__}) cannot be folded: it must come right after a Linear (of values (batch, "

@@ -31,7 +31,8 @@ class MaskedTraining(L.Callback):
     A subclass sets the masks and calls `resumes` and then `apply_masks` in its `on_fit_start`. From there pruned
     weights, their gradients and their optimizer state are exactly 0 at every step: gradients are masked before
     clipping, weights after the optimizer's step; optimizer state is zeroed once and stays zero in SGD, Adam and
-    their kin, because only zeros reach it. The module's `state_dict` keys never change.
+    their kin, because only zeros reach it (`ScoreTraining` differs: there the pruned go on being scored). The module's
+    `state_dict` keys never change.
 
     Kept in checkpoints: the masks and the global random state of each process, so that a resumed fit goes on bit for
     bit. Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are

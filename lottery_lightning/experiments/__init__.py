@@ -1,9 +1,19 @@
 """Experiments: plans of runs from one config. Finished runs are skipped on a rerun."""
 
+from lottery_lightning.experiments.edge_popup import EdgePopupSearch, Search
 from lottery_lightning.experiments.lottery import Lottery, Rule
 from lottery_lightning.experiments.runs import Training
 from lottery_lightning.experiments.strong_tickets import StrongTickets
 from lottery_lightning.experiments.subset_sum import SubsetSum
 from lottery_lightning.experiments.subset_sum_network import SubsetSumNetwork
 
-__all__ = ["Lottery", "Rule", "StrongTickets", "SubsetSum", "SubsetSumNetwork", "Training"]
+__all__ = [
+    "EdgePopupSearch",
+    "Lottery",
+    "Rule",
+    "Search",
+    "StrongTickets",
+    "SubsetSum",
+    "SubsetSumNetwork",
+    "Training",
+]

@@ -13,7 +13,7 @@ from lottery_callbacks.functional.scores import Evidence
 from lottery_callbacks.iterative_magnitude_pruning import Level, Retrain
 from lottery_lightning.experiments.lottery_report import report
 from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection, stable_seed
-from lottery_lightning.experiments.store import working_on
+from lottery_lightning.experiments.store import share_trials
 from lottery_lightning.progress import ExperimentProgress
 
 Control = Literal["reinit", "random", "one_shot"]
@@ -97,12 +97,8 @@ class Lottery:
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
             progress.console.print(self._pruning_of(0).plan(self.model), soft_wrap=True)
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
-            for trial in range(self.trials):
-                with working_on(self._trial_dir(trial)) as mine:
-                    if mine:
-                        self._run_trial(trial, runner, progress)
-                    else:
-                        progress.console.print(f"trial {trial} is left to the process that works on it")
+            folders = [self._trial_dir(trial) for trial in range(self.trials)]
+            share_trials(folders, lambda trial: self._run_trial(trial, runner, progress), progress.console.print)
         records = [run.record for trial in range(self.trials) for run in self.plan(trial)]
         done = [record for record in records if record is not None]
         if len(done) < len(records):

@@ -16,9 +16,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lottery_callbacks import (
+    ApplyTicket,
+    EdgePopup,
     IterativeMagnitudePruning,
+    Pruning,
     ResumeCheckpoint,
+    RewindPoint,
     SparsityMonitor,
+    Ticket,
     ValidateEvery,
     ValidationCurve,
     newest_checkpoint,
@@ -166,6 +171,8 @@ class Runner:
             trainer.logger.log_metrics(found, step=self.training.max_steps)
         if isinstance(masked, IterativeMagnitudePruning):
             log_ticket(trainer.logger, masked.ticket_path(run.level))
+        elif isinstance(masked, EdgePopup) and masked.path:
+            log_ticket(trainer.logger, Path(masked.path))
         close(trainer.logger)
         write_json(folder / "result.json", record)
         shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -209,6 +216,12 @@ class Runner:
         if "test/acc" not in metrics:
             raise ValueError(f"the model logs no 'test/acc' in test_step: it logs {', '.join(metrics) or 'nothing'}")
         return float(metrics["test/acc"])
+
+
+def dense_fit(model: L.LightningModule, seed: int) -> ApplyTicket:
+    """What trains all weights, drawn by `seed`: a dense fit is that of the ticket which keeps everything."""
+    everything = Ticket(M.ones(Pruning().prunable(model)), RewindPoint(0, {}))
+    return ApplyTicket(everything, weights="reinit", seed=seed)
 
 
 @contextmanager

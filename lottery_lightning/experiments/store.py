@@ -4,7 +4,7 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,16 @@ def _held(lock: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def share_trials(folders: Sequence[Path], do: Callable[[int], None], tell: Callable[[str], None]) -> None:
+    """Do each trial in its folder; one that another process works on is left to it, and told."""
+    for trial, folder in enumerate(folders):
+        with working_on(folder) as mine:
+            if mine:
+                do(trial)
+            else:
+                tell(f"trial {trial} is left to the process that works on it")
 
 
 @contextmanager

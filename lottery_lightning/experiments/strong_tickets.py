@@ -11,6 +11,7 @@ import torch
 
 from lottery_callbacks.chain_of import chain_of
 from lottery_callbacks.functional.strong_edges import Inputs, Split
+from lottery_callbacks.messages import describe
 from lottery_callbacks.strong_file import save_strong_ticket
 from lottery_callbacks.strong_network import StrongNetwork, strong_network
 from lottery_lightning.experiments.runs import Training, stable_seed
@@ -84,6 +85,9 @@ class StrongTickets:
         given = len(any_size) + len(ns) * (len(sizes) + len(tolerances))
         if len(self.arms) < given or not given:
             raise ValueError("ns, any_size, sizes, tolerances: give each of them once, and one question at least")
+        if network not in dict(model.named_modules()):
+            known = describe([name for name, _ in model.named_children()])
+            raise ValueError(f"network={network!r} is no submodule of {type(model).__name__}: there are {known}")
         chain_of(model.get_submodule(network))  # names a layer that cannot be treated
         self.targets = Targets(model, data, Path(run_dir), trials, training, seed)
         self.run_dir, self.network, self.search_steps = Path(run_dir), network, search_steps

@@ -9,10 +9,9 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from lottery_callbacks import ApplyTicket, Pruning, RewindPoint, Ticket
-from lottery_callbacks.functional import masks as M
-from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection
-from lottery_lightning.experiments.store import working_on, write_json
+from lottery_callbacks import Pruning
+from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
+from lottery_lightning.experiments.store import share_trials, write_json
 from lottery_lightning.progress import ExperimentProgress
 
 Row = dict[str, Any]
@@ -82,12 +81,11 @@ class Targets:
         runs = self.trials * (1 + share * len(arms))
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), config)
-            for trial in range(self.trials):
-                with working_on(self._trial_dir(trial)) as mine:
-                    if mine:
-                        self._run_trial(trial, arms, share, runner, progress)
-                    else:
-                        progress.console.print(f"trial {trial} is left to the process that works on it")
+            share_trials(
+                [self._trial_dir(trial) for trial in range(self.trials)],
+                lambda trial: self._run_trial(trial, arms, share, runner, progress),
+                progress.console.print,
+            )
         plans = [self._plan(trial, arms) for trial in range(self.trials)]
         if any(run.record is None for plan in plans for run in plan):
             print("some arms are left to another process; the last to finish reports")
@@ -105,8 +103,7 @@ class Targets:
         (target, *runs), seed = self._plan(trial, arms), self.seed + trial
         progress.start(f"trial {trial} target")
         if target.record is None:
-            everything = Ticket(M.ones(Pruning().prunable(self.model)), RewindPoint(0, {}))  # a dense fit is its ticket
-            runner.do(target, seed, ApplyTicket(everything, weights="reinit", seed=seed))
+            runner.do(target, seed, dense_fit(self.model, seed))
         progress.finish(None)
         weights = torch.load(target.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         for make, run in zip(arms.values(), runs, strict=True):

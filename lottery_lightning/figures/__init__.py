@@ -1,7 +1,18 @@
 """Figures from finished runs; each function gives the bytes of a PNG."""
 
+from lottery_lightning.figures.comparison import comparison_figure
+from lottery_lightning.figures.edge_popup import edge_popup_figure
 from lottery_lightning.figures.lottery import kept_map, lottery_figure, mask_figure
 from lottery_lightning.figures.strong_tickets import strong_ticket_figure
 from lottery_lightning.figures.subset_sum import network_figure, subset_sum_figure
 
-__all__ = ["kept_map", "lottery_figure", "mask_figure", "network_figure", "strong_ticket_figure", "subset_sum_figure"]
+__all__ = [
+    "comparison_figure",
+    "edge_popup_figure",
+    "kept_map",
+    "lottery_figure",
+    "mask_figure",
+    "network_figure",
+    "strong_ticket_figure",
+    "subset_sum_figure",
+]

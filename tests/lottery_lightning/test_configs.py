@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")  # W&B's own form
 
 SMALL = {  # what makes an experiment short
+    "edge-popup": ["--trials", "1", "--training.max_steps", "2", "--sparsities", "[0.5]"],
     "strong-ticket": ["--trials", "1", "--training.max_steps", "2", "--ns", "[3]", "--any_size", "[3]"],
     "subset-sum": ["--trials", "3", "--sizes", "[2, 3]", "--largest", "6", "--largest_any", "4"],
     "subset-sum-network": ["--trials", "1", "--training.max_steps", "2", "--n", "8"],
