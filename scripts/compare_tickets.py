@@ -3,14 +3,14 @@
     python scripts/compare_tickets.py OUT.png --lottery results/lth/lenet_mnist_small.csv
         --edge-popup results/edge_popup/lenet_mnist_small.csv --strong-ticket results/strong_tickets/lenet_mnist.csv
 
-Each file is the results.csv of that command's experiment, any may be left out. Accuracies are of the last weights; the
-trials of each experiment are its own.
+Each file is the results.csv of that command's experiment; level 0 of the lottery is the dense network. Accuracies are
+of the last weights; the trials of each experiment are its own.
 """
 
 import argparse
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lottery_callbacks.ticket import write_atomically
@@ -20,13 +20,13 @@ Row = dict[str, str]
 Points = dict[str, dict[str, tuple[list[float], list[float]]]]  # series -> point -> kept weights and accuracies
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     for name in READERS:
-        parser.add_argument(f"--{name}", type=Path)
+        parser.add_argument(f"--{name}", type=Path, required=name == "lottery")
     parser.add_argument("--title", default="LeNet-300-100, MNIST")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(argv))
     points: Points = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for name, read in READERS.items():
         if path := given[name.replace("-", "_")]:
@@ -34,14 +34,12 @@ def main() -> None:
                 for series, point, kept, accuracy in read(csv.DictReader(file)):
                     points[series][point][0].append(kept)
                     points[series][point][1].append(accuracy)
-    if not points:
-        parser.error(f"there is nothing to draw: give {' or '.join('--' + name for name in READERS)}")
     series = {
         name: [(sum(kept) / len(kept), accuracies) for kept, accuracies in found.values()]
         for name, found in points.items()
     }
-    dense = series.get(DENSE) or parser.error("no file has a dense network: give --lottery")
-    write_atomically(given["out"], comparison_figure(series, int(dense[0][0]), given["title"]))
+    ((weights, _),) = series[DENSE]
+    write_atomically(given["out"], comparison_figure(series, int(weights), given["title"]))
     print(f"wrote {given['out']}: {', '.join(f'{name}: {len(found)} points' for name, found in series.items())}")
 
 

@@ -6,9 +6,11 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from lottery_callbacks.fit_steps import counts_steps, iterations, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
@@ -17,12 +19,14 @@ from lottery_callbacks.functional.schedules import cubic
 from lottery_callbacks.functional.scores import Tensors
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import log_densities, require_agreement
-from lottery_callbacks.messages import one_of
-from lottery_callbacks.names import owners
+from lottery_callbacks.messages import describe, one_of
+from lottery_callbacks.names import named_parameters, owners
 from lottery_callbacks.pruning import NORMS, Pruning
 from lottery_callbacks.rewinding import RewindPoint, snapshot, to_cpu
 from lottery_callbacks.score_training import ScoreTraining
 from lottery_callbacks.ticket import Ticket
+
+TOKENS = ("bias_k", "bias_v")  # of attention: called biases, and none
 
 
 class EdgePopup(ScoreTraining):
@@ -37,8 +41,9 @@ class EdgePopup(ScoreTraining):
     Every weight matrix W is drawn anew and fixed; each weight has a score s. The network computes with W * h, where
     h = 1 for the highest |s| of the scope, and the module's own optimizer, with its groups, momentum, weight decay and
     schedules, trains s by straight-through: dL/ds = dL/d(W * h) * W * sign(s). Biases of these layers are set to 0, as
-    the paper has none. Everything else stays as it was initialised, norms as `norms` says; running statistics follow
-    the data. Gradients are clipped as those of the scores.
+    the paper has none, unless excluded or under weights="module". Everything else stays as it was initialised, norms
+    as `norms` says; running statistics follow the data. `gradient_clip_val` clips the gradients of the scores; a module
+    that clips by hand clips those of W * h, and should zero its gradients after each step.
 
     No layer is changed. The parameter holds W * h at all times, so that forward, validation, checkpoints and other
     callbacks see the plain pruned network, and s from `on_before_optimizer_step` to the end of that step alone (see
@@ -54,8 +59,9 @@ class EdgePopup(ScoreTraining):
 
     Args:
         sparsity: fraction of the weights removed, in [0, 1): of n, n - round(sparsity * n) are kept, one at least.
-        scope: "layerwise" counts in each layer; "global" ranks all together; "threshold" keeps s > 0, with scores
-            that begin with this sparsity in each layer: how many are kept is then learned.
+        scope: "layerwise" counts in each layer; "global" ranks all together, so that a step of one of several
+            optimizers changes all weights; "threshold" keeps s > 0, with scores that begin with this sparsity in each
+            layer: how many are kept is then learned. The last two may empty a layer, which is named at the end.
         weights: W is "kaiming_normal", "signed_constant", either one "scaled_" by the density, or "module", as it was
             initialised; see `functional.popup.random_weights`.
         scores: s begins as "kaiming_uniform" or as the "magnitude" of W.
@@ -67,8 +73,9 @@ class EdgePopup(ScoreTraining):
         path: where the ticket is saved at the end of the fit.
 
     Raises:
-        ValueError: a bad argument; nothing to score; a scored weight in no optimizer; a schedule beyond the run; a
-            checkpoint of other arguments; a Trainer that averages weights or sets other masks; scores that diverge.
+        ValueError: a bad argument; nothing to score; parametrized layers; a weight in no optimizer or in several; a
+            schedule beyond the run; a checkpoint of other arguments or weights; a Trainer that averages weights, sets
+            other masks, or looks for a learning rate or batch size at the start of the fit; scores that diverge.
         RuntimeError: the optimizer evaluates its closure several times a step (LBFGS); processes hold other masks.
     """
 
@@ -87,6 +94,7 @@ class EdgePopup(ScoreTraining):
         super().__init__()
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity} is outside [0, 1): it is the fraction of weights removed")
+        sparsity, seed = float(sparsity), int(seed)  # also numpy's, which checkpoints and tickets could not hold
         self.sparsity = sparsity
         self.scope = one_of("scope", scope, get_args(popup.Scope))
         self.norms = one_of("norms", norms, ("frozen", "trained"))
@@ -104,7 +112,7 @@ class EdgePopup(ScoreTraining):
         self.path = path
         self.rule: dict[str, Any] = {
             "sparsity": sparsity, "scope": scope, "weights": weights, "scores": scores, "norms": norms,
-            "end": None if self.end is None else str(self.end), "exclude": list(exclude), "seed": seed,
+            "end": None if self.end is None else str(self.end), "exclude": list(self.pruning.exclude), "seed": seed,
         }  # fmt: skip
         self.ticket: Ticket | None = None
         self._end = 0
@@ -112,11 +120,17 @@ class EdgePopup(ScoreTraining):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if stage == "fit" and any(isinstance(c, WeightAveraging | StochasticWeightAveraging) for c in callbacks):
-            raise ValueError("an average over changing masks is no strong ticket: leave averaging of weights out")
+        for callback in callbacks if stage == "fit" else ():
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ValueError("an average over changing masks is no strong ticket: leave averaging of weights out")
+            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+                raise ValueError(
+                    f"{type(callback).__name__} runs before there are scores: use Tuner(trainer) before the fit"
+                )
 
     @torch.no_grad()
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _require_plain(pl_module)
         parameters = self.pruning.prunable(pl_module)
         if not parameters:
             raise ValueError("nothing to score: no trainable weight matrix is left; exclude fewer")
@@ -131,10 +145,8 @@ class EdgePopup(ScoreTraining):
         if not self.resumes(trainer):
             self._draw(parameters)
             self.masks = self._select(list(parameters))
-            for part in {part for parameter in parameters.values() for part in owners(pl_module, parameter)}:
-                for leaf, own in part._parameters.items():
-                    if own is not None and "bias" in leaf:
-                        own.zero_()
+            if self.draws[0] != "module":
+                self._zero_biases(pl_module, list(parameters.values()))
         self.bake(list(parameters.values()))
         require_agreement(trainer, self.masks)
 
@@ -145,9 +157,24 @@ class EdgePopup(ScoreTraining):
                     f"{trainer.ckpt_path} was searched by another rule: {key} is {saved['rule'].get(key)!r} there and "
                     f"{own!r} now; resume it by its own rule"
                 )
+        if saved["fixed"].keys() != parameters.keys():
+            there, here = describe(list(saved["fixed"])), describe(list(parameters))
+            raise ValueError(
+                f"{trainer.ckpt_path} scored {there}, not {here}: resume it with the module that it trained"
+            )
         self.fixed, self.scores = _like(parameters, saved["fixed"]), _like(parameters, saved["scores"])
         self.masks = {name: mask.to(parameters[name].device) for name, mask in saved["masks"].items()}
         self.step = saved["step"]
+
+    def _zero_biases(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        """Of the scored layers, where they are trainable and not excluded."""
+        holders = {part for parameter in parameters for part in owners(module, parameter)}
+        leaves = [leaf_and_own for part in holders for leaf_and_own in part._parameters.items()]
+        held = {own for leaf, own in leaves if "bias" in leaf and leaf not in TOKENS}
+        for name, parameter in named_parameters(module).items():
+            free = parameter.requires_grad and self.pruning.reason_to_leave(module, name, parameter) == "bias"
+            if parameter in held and free:
+                parameter.zero_()
 
     def _draw(self, parameters: dict[str, nn.Parameter]) -> None:
         """W and s of a new fit."""
@@ -197,6 +224,8 @@ class EdgePopup(ScoreTraining):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._choose(list(self._names))  # also what an optimizer stepped before the end of the schedule alone
         log_densities(trainer, self.masks)
+        if empty := [name for name, kept in M.kept(self.masks).items() if not kept]:
+            rank_zero_warn(f"{describe(empty)} keeps no weight: search with scope='layerwise', or at a lower sparsity")
         if self.step < self._end and not _smoke_test(trainer):
             rank_zero_warn(
                 f"the run ended after {self.step} steps, before end={self.end}: density is {M.density(self.masks):.4g}"
@@ -215,6 +244,16 @@ class EdgePopup(ScoreTraining):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"rule": self.rule}
+
+
+def _require_plain(module: nn.Module) -> None:
+    """Refuse layers whose weight is no parameter of its name, which would be left out in silence."""
+    for name, part in module.named_modules():
+        if is_parametrized(part):
+            raise ValueError(f"{name} has parametrizations: make them permanent (remove_parametrizations)")
+    lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"{describe(lazy)} have no shape yet: run the module on one batch before the fit")
 
 
 def _like(parameters: dict[str, nn.Parameter], tensors: Tensors) -> Tensors:

@@ -56,8 +56,10 @@ class Pruning:
         self.score = score
         self.scope: str = one_of("scope", scope, tuple(SCOPES))
         self.rates = dict(rates or {})
-        self.exclude = tuple(exclude)
-        self.include = tuple(include)
+        self.exclude = (
+            (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        )  # a lone pattern is no list of letters
+        self.include = (include,) if isinstance(include, str) else tuple(include)
         if batches < 1:
             raise ValueError(f"batches={batches}: a score of the loss sees one batch at least")
         self.batches = batches

@@ -35,7 +35,7 @@ class ScoreTraining(MaskedTraining, ABC):
     the step is sure: in `on_before_optimizer_step`, or, where no closure is to come, when the step begins.
 
     Raises:
-        ValueError: no optimizer has a scored weight.
+        ValueError: no optimizer has a scored weight, or several have.
         RuntimeError: the optimizer evaluates its closure several times a step (LBFGS), or one that Lightning did not
             see.
     """
@@ -72,9 +72,13 @@ class ScoreTraining(MaskedTraining, ABC):
         optimizers = trainer.optimizers
         if lbfgs := [optimizer for optimizer in optimizers if isinstance(optimizer, torch.optim.LBFGS)]:
             raise RuntimeError(_evaluates_again(lbfgs[0]))
-        optimized = {parameter for optimizer in optimizers for parameter in _parameters(optimizer)}
-        if idle := [name for parameter, name in self._names.items() if parameter not in optimized]:
+        optimized = Counter(parameter for optimizer in optimizers for parameter in _parameters(optimizer))
+        if idle := [name for parameter, name in self._names.items() if not optimized[parameter]]:
             raise ValueError(f"no optimizer has {describe(idle)}, whose scores would never change: exclude it")
+        if shared := [name for parameter, name in self._names.items() if optimized[parameter] > 1]:
+            raise ValueError(f"several optimizers have {describe(shared)}: give each weight to one")
+        if self._trained - optimized.keys():
+            raise ValueError("no optimizer has some of the norms that are to be trained: give it all of them")
         for optimizer in optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),

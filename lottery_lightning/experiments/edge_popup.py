@@ -13,6 +13,7 @@ from torch import nn
 
 from lottery_callbacks import EdgePopup, Pruning
 from lottery_callbacks.functional.popup import Scope, Scores, Weights
+from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.messages import describe
 from lottery_lightning.experiments.edge_popup_report import Row, report
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
@@ -112,6 +113,11 @@ class EdgePopupSearch:
             self.models = {name: _with(model, network, part) for name, part in networks.items()}
         searches = [Arm(name, draw, sparsity) for name in self.models for draw in weights for sparsity in sparsities]
         self.arms = [DENSE, *searches] if dense else searches
+        if dense and DENSE.network in self.models:
+            raise ValueError(f"networks names {DENSE.network!r}, which is the trained arm: give it another name")
+        end = Step.parse(search.end) if search.end else None
+        if end and end.unit == "it" and end.count > training.max_steps:
+            raise ValueError(f"search.end={search.end} lies beyond training.max_steps={training.max_steps}")
         if not searches or len({_folder(arm) for arm in self.arms}) < len(self.arms):
             raise ValueError("networks, weights, sparsities: give one of each at least, and each of them once")
         self.data, self.run_dir, self.network, self.search = data, Path(run_dir), network, search
@@ -166,17 +172,20 @@ class EdgePopupSearch:
             )
 
     def _popup(self, arm: Arm, seed: int = 0, path: Path | None = None) -> EdgePopup:
-        outside = [name for name in Pruning().prunable(self.models[arm.network]) if not self._within(name)]
-        search = asdict(self.search) | {"exclude": [*self.search.exclude, *outside]}
+        search = asdict(self.search) | {"exclude": [*self.search.exclude, *self._outside(arm)]}
         return EdgePopup(arm.sparsity, weights=arm.weights, seed=seed, path=path, **search)  # pyright: ignore[reportArgumentType]
 
-    def _within(self, name: str) -> bool:
-        return name.startswith(f"{self.network}.")
+    def _outside(self, arm: Arm) -> list[str]:
+        """Weights that are not those of the submodule."""
+        return [
+            name for name in Pruning().prunable(self.models[arm.network]) if not name.startswith(f"{self.network}.")
+        ]
 
     def _row(self, arm: Arm, plan: dict[Arm, Run]) -> Row:
         """What a finished run found, beside the dense network of its trial."""
         record = plan[arm].record or {}
-        pruning = Pruning() if arm == DENSE else self._popup(arm).pruning
+        pruning = Pruning(exclude=self._outside(arm)) if arm == DENSE else self._popup(arm).pruning
+        prunable = pruning.prunable(self.models[arm.network])
         dense = (plan[DENSE].record or {})["test_acc_end"] if DENSE in plan else None
         return {
             "trial": record["trial"],
@@ -184,8 +193,8 @@ class EdgePopupSearch:
             "weights": arm.weights,
             "sparsity": arm.sparsity,
             "density": record["density"],
-            "kept": record["kept"],
-            "prunable": sum(weights.numel() for weights in pruning.prunable(self.models[arm.network]).values()),
+            "kept": sum(record["kept_per_layer"][name] for name in prunable),
+            "prunable": sum(weights.numel() for weights in prunable.values()),
             "early_stop_iteration": record["early_stop_iteration"],
             "val_loss_end": record["curve"][-1]["val/loss"],
             "test_acc_early_stop": record["test_acc_early_stop"],

@@ -6,9 +6,16 @@ import math
 from functools import partial
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from popup_fits import FIRST, LAST, SIZES, Searched, Watch, adam, counts, fit, sgd
 from stranger import Net, Probe, bits, make_plain, masked, raw, seeded, ticket_of
@@ -76,6 +83,26 @@ def test_weights_as_the_module_was_initialised(tmp_path):
         assert set(weight.abs().flatten().topk(kept).values.tolist()) == set(
             probe.state["module"][name].abs()[probe.state["module"][name] != 0].tolist()
         )
+
+
+def test_biases_stay_where_they_are_excluded_frozen_or_part_of_the_module_s_weights(tmp_path):
+    start = seeded(1, Searched)
+    start.net[5].bias.requires_grad_(False)
+    module = fit(tmp_path, EdgePopup(exclude=["net.1.bias"]), module=copy.deepcopy(start))
+    for name in ("net.1.bias", "net.5.bias"):
+        assert raw(module.get_parameter(name)) == raw(start.get_parameter(name))
+        assert start.get_parameter(name).all()
+    start = seeded(1, Searched)
+    module = fit(tmp_path / "module", EdgePopup(0.0, weights="module"), module=copy.deepcopy(start), max_steps=3)
+    assert all(raw(p) == raw(start.get_parameter(name)) for name, p in module.named_parameters())
+
+
+def test_numpy_s_numbers_are_kept_in_checkpoints_and_tickets(tmp_path):
+    popup = EdgePopup(np.float32(0.5), seed=np.int64(3), path=tmp_path / "ticket.safetensors")
+    module = fit(tmp_path, popup)
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert Ticket.load(tmp_path / "ticket.safetensors").provenance["seed"] == 3
 
 
 def test_weights_are_scaled_by_the_density_of_the_search(tmp_path):
@@ -304,6 +331,28 @@ class Elsewhere(Net):
         return sgd(self.net[5].parameters())
 
 
+class Parametrized(Net):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.net[1])
+
+
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.lazy = nn.LazyLinear(3)
+
+
+class Shared(Net):
+    def configure_optimizers(self):
+        return [sgd(self.parameters()), sgd(self.net[1].parameters())]
+
+
+class WithoutNorms(Net):
+    def configure_optimizers(self):
+        return sgd([self.net[1].weight, self.net[5].weight])
+
+
 AVERAGES = "^an average over changing masks is no strong ticket: leave averaging of weights out$"
 REFUSED = {
     "nothing": (Net, EdgePopup(exclude=["*"]), [], "^nothing to score: no trainable weight matrix is left; exclude fe"),
@@ -318,6 +367,11 @@ REFUSED = {
     ),
     "average": (Net, EdgePopup(), [WeightAveraging()], AVERAGES),
     "swa": (Net, EdgePopup(), [StochasticWeightAveraging(0.1)], AVERAGES),
+    "rate": (Net, EdgePopup(), [LearningRateFinder()], "^LearningRateFinder runs before there are scores: use Tuner"),
+    "batch size": (Net, EdgePopup(), [BatchSizeFinder()], "^BatchSizeFinder runs before there are scores: use Tuner"),
+    "parametrized": (Parametrized, EdgePopup(), [], r"^net\.1 has parametrizations: make them permanent"),
+    "lazy": (Lazy, EdgePopup(), [], r"^lazy\.weight, lazy\.bias have no shape yet: run the module on one batch"),
+    "norms": (WithoutNorms, EdgePopup(norms="trained"), [], "^no optimizer has some of the norms"),
 }
 
 
@@ -326,6 +380,32 @@ def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path, name):
     make, popup, others, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, popup, *others, module=make())
+
+
+def test_a_weight_in_two_optimizers_is_refused(tmp_path):
+    class Manual(Shared):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match=r"^several optimizers have net\.1\.weight: give each weight to one$"):
+        fit(tmp_path, EdgePopup(), module=Manual())
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
+    module = fit(tmp_path, EdgePopup())
+    module.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = seeded(1, Searched)
+    other.net[5].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"scored net\.1\.weight, net\.5\.weight, not net\.1\.weight: resume it with"):
+        fit(tmp_path, EdgePopup(), module=other, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_layer_that_keeps_nothing_is_named(tmp_path):
+    popup = EdgePopup(0.97, "global")
+    with pytest.warns(UserWarning, match=r"keeps no weight: search with scope='layerwise', or at a lower sparsity$"):
+        fit(tmp_path, popup, max_steps=40)
+    assert 0 in M.kept(popup.masks).values()
 
 
 def test_a_run_that_ends_before_the_schedule_says_so(tmp_path):

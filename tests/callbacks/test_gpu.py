@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lottery_callbacks import ApplyTicket, IterativeMagnitudePruning, Ticket
+from lottery_callbacks import ApplyTicket, EdgePopup, IterativeMagnitudePruning, Ticket
 from lottery_lightning.data import Digits
 from lottery_lightning.networks import Dense
 from lottery_lightning.tasks import ImageClassifier
@@ -58,3 +58,13 @@ def test_mixed_precision_keeps_pruned_weights_at_zero(tmp_path, precision):
         weights = fit(imp, level.run_dir, precision)
     for name, mask in Ticket.load(imp.ticket_path(1)).masks.items():
         assert not weights[name][~mask].any()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("scope", ["layerwise", "global"])
+def test_edge_popup_keeps_exact_counts_of_unchanged_weights(tmp_path, precision, scope):
+    popup = EdgePopup(0.7, scope)
+    weights = fit(popup, tmp_path, precision)
+    assert sum(int(mask.sum()) for mask in popup.masks.values()) == 64 * 50 + 500 - round(0.7 * (64 * 50 + 500))
+    for name, mask in popup.masks.items():
+        assert torch.equal(weights[name], popup.fixed[name] * mask)

@@ -316,6 +316,8 @@ def test_a_torn_step_leaves_the_pruned_network(tmp_path):
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_scores_that_diverge_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"^scores of net\.1\.weight are not finite: did the training diverge\?$"):
-        fit(tmp_path, EdgePopup(), module=seeded(1, partial(Searched, partial(torch.optim.SGD, lr=math.inf))))
+@pytest.mark.parametrize("scope", ["layerwise", "global", "threshold"])
+def test_scores_that_diverge_are_named(tmp_path, scope):
+    diverges = seeded(1, partial(Searched, partial(torch.optim.SGD, lr=math.inf)))
+    with pytest.raises(ValueError, match=r"^scores of net\.1\.weight are not finite: lower the learning rate, or clip"):
+        fit(tmp_path, EdgePopup(scope=scope), module=diverges)

@@ -84,15 +84,13 @@ def highest(scores: Mapping[str, Tensor], keep: Budget) -> Masks:
     layout in memory. Scores without a group have no mask. Cost: `kth_highest` and four passes over each group.
 
     Raises:
-        ValueError: a score is not finite.
+        ValueError: names the scores that are not finite.
     """
+    _require_finite(scores)
     masks: Masks = {}
     for names, kept in keep.items():
         parts = [scores[name].detach().abs().reshape(-1) for name in names]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not flat.amax().isfinite():
-            bad = [name for name in names if not scores[name].isfinite().all()]
-            raise ValueError(f"scores of {', '.join(bad)} are not finite: did the training diverge?")
         least = kth_highest(flat, kept)
         mask = flat >= least
         if surplus := int(mask.sum()) - kept:
@@ -120,8 +118,18 @@ def kth_highest(values: Tensor, k: int) -> Tensor:
 
 
 def positive(scores: Mapping[str, Tensor]) -> Masks:
-    """The masks of a learned threshold: s > 0. How many are kept is learned with the scores."""
+    """The masks of a learned threshold: s > 0. How many are kept is learned with the scores.
+
+    Raises:
+        ValueError: names the scores that are not finite.
+    """
+    _require_finite(scores)
     return {name: score.detach() > 0 for name, score in scores.items()}
+
+
+def _require_finite(scores: Mapping[str, Tensor]) -> None:
+    if bad := [name for name, score in scores.items() if not score.detach().abs().amax().isfinite()]:
+        raise ValueError(f"scores of {', '.join(bad)} are not finite: lower the learning rate, or clip gradients")
 
 
 def straight_through_(gradient: Tensor, weights: Tensor, scores: Tensor, signed: bool) -> Tensor:

@@ -286,6 +286,7 @@ def test_trials_are_shared_between_processes(tmp_path, monkeypatch, capsys):
         (["--network", "net"], "network='net' is no submodule of ImageClassifier: there are network"),
         (["--sparsities", "[1.0]"], r"sparsity=1.0 is outside \[0, 1\)"),
         (["--sparsities", "[0.5, 0.5]"], "each of them once"),
+        (["--search.end", "900it"], "search.end=900it lies beyond training.max_steps="),
         (["--sparsities", "[]"], "one of each at least"),
         (["--networks", "{}"], "one of each at least"),
         (["--weights", "[constant]"], "constant"),
@@ -303,3 +304,8 @@ def test_what_cannot_be_run_is_refused_in_one_line_before_it_begins(tmp_path, ca
     assert re.search(message, error)
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_must_not_have_the_trained_arm_s_name(tmp_path):
+    with pytest.raises(ValueError, match="networks names 'dense', which is the trained arm: give it another name"):
+        EdgePopupSearch(task(), Digits(), tmp_path, [0.5], networks={"dense": task().network}, dense=task())
