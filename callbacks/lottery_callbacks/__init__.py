@@ -6,6 +6,7 @@ from lottery_callbacks.edge_popup import EdgePopup
 from lottery_callbacks.export import export_onnx
 from lottery_callbacks.gradual_pruning import GradualPruning
 from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePruning, Level
+from lottery_callbacks.linear_mode_connectivity import LinearModeConnectivity
 from lottery_callbacks.nm_pruning import NMPruning
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint
@@ -23,6 +24,7 @@ __all__ = [
     "GradualPruning",
     "IterativeMagnitudePruning",
     "Level",
+    "LinearModeConnectivity",
     "NMPruning",
     "Pruning",
     "ResumeCheckpoint",

@@ -1,6 +1,7 @@
 """The strong ticket of whatever a fit has trained."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lottery_callbacks import random_state
 from lottery_callbacks.chain_of import chain_of
+from lottery_callbacks.fit_data import validation_batches
 from lottery_callbacks.functional.modes import evaluating
 from lottery_callbacks.functional.strong_edges import Inputs, Split
 from lottery_callbacks.functional.strong_layer import strong_layer
@@ -65,14 +66,10 @@ class SubsetSumTicket(L.Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with random_state.forked():  # a loader draws a seed for each pass
-            self._find(trainer, pl_module)
-
-    def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = self._target(pl_module)
         if self.network is None and self.question["inputs"] == "nonnegative":
-            for inputs, *_ in islice(_batches(trainer, pl_module), 1):  # before minutes of sums
-                if (inputs < 0).any():
+            with _batches(trainer, pl_module) as batches:  # before minutes of sums
+                if any((inputs < 0).any() for inputs, *_ in islice(batches, 1)):
                     raise ValueError("inputs='nonnegative', but the validation data are below 0: leave it 'any'")
         self.ticket = ticket = strong_network(target, **self.question)
         self.found = {
@@ -90,13 +87,15 @@ class SubsetSumTicket(L.Callback):
     def _compare(self, trainer: L.Trainer, module: L.LightningModule, ticket: StrongNetwork) -> dict[str, float]:
         """What the module gives for the validation data, and what it gives with the ticket in its place."""
         differences, right, count = [], [0, 0], 0
-        for inputs, *others in _batches(trainer, module):
-            outputs = [module(inputs), ticket(inputs) if self.network is None else self._with(ticket, module, inputs)]
-            differences.append((outputs[0] - outputs[1]).abs().max())
-            labels = others[0] if others else None
-            if _are_classes(labels, outputs[0]):
-                right = [so_far + int((o.argmax(1) == labels).sum()) for so_far, o in zip(right, outputs, strict=True)]
-                count += len(outputs[0])
+        with _batches(trainer, module) as batches:
+            for inputs, *others in batches:
+                found = ticket(inputs) if self.network is None else self._with(ticket, module, inputs)
+                outputs = [module(inputs), found]
+                differences.append((outputs[0] - outputs[1]).abs().max())
+                labels = others[0] if others else None
+                if _are_classes(labels, outputs[0]):
+                    right = [now + int((o.argmax(1) == labels).sum()) for now, o in zip(right, outputs, strict=True)]
+                    count += len(outputs[0])
         found = {"strong/output_difference": float(torch.stack(differences).max())} if differences else {}
         if count:
             found |= {"strong/target_accuracy": right[0] / count, "strong/accuracy": right[1] / count}
@@ -121,14 +120,12 @@ def _are_classes(labels: Any, outputs: Tensor) -> bool:
     return labels.shape == outputs.shape[:1] and outputs.shape[1] > 1
 
 
-def _batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[Any, ...]]:
+@contextmanager
+def _batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[Iterator[tuple[Any, ...]]]:
     """Inputs and what comes with them, of the validation batches that the fit sees, where they are tensors."""
-    loaders: Any = trainer.val_dataloaders or []
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    for loader, limit in zip(loaders, trainer.num_val_batches, strict=True):
-        for batch in islice(loader, None if limit == float("inf") else int(limit)):
-            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, module.device))
-            batch = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-            if batch and isinstance(batch[0], Tensor):
-                yield batch
+    if trainer.val_dataloaders is None:
+        yield iter(())
+        return
+    with validation_batches(trainer, module) as batches:
+        tuples = (tuple(batch) if isinstance(batch, list | tuple) else (batch,) for batch in batches)
+        yield (batch for batch in tuples if batch and isinstance(batch[0], Tensor))

@@ -1,6 +1,7 @@
 """Figures from finished runs; each function gives the bytes of a PNG."""
 
 from lottery_lightning.figures.comparison import comparison_figure
+from lottery_lightning.figures.connectivity import connectivity_figure
 from lottery_lightning.figures.edge_popup import edge_popup_figure
 from lottery_lightning.figures.lottery import kept_map, lottery_figure, mask_figure
 from lottery_lightning.figures.strong_tickets import strong_ticket_figure
@@ -8,6 +9,7 @@ from lottery_lightning.figures.subset_sum import network_figure, subset_sum_figu
 
 __all__ = [
     "comparison_figure",
+    "connectivity_figure",
     "edge_popup_figure",
     "kept_map",
     "lottery_figure",

@@ -78,7 +78,7 @@ def test_budgets_are_exact(first, second, sparsity):
 def test_scores_that_are_no_numbers_are_refused_by_name(size, kept, wrong):
     scores = {"fine": torch.ones(4), "torn": torch.linspace(0, 1, size)}
     scores["torn"][3] = wrong
-    with pytest.raises(ValueError, match="^scores of torn are not finite: lower the learning rate, or clip gradients$"):
+    with pytest.raises(ValueError, match=r"^scores of torn are not finite: lower the learning rate"):
         popup.highest(scores, {("fine", "torn"): kept})
 
 
