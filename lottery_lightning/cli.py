@@ -6,6 +6,7 @@ commands:
   subset-sum-network           a trained network whose weights are sums of random samples
   strong-ticket                random networks pruned, never trained, into the approximation of a trained one
   edge-popup                   random networks whose masks are searched by gradient, and whose weights never change
+  instability                  whether copies that differ in the noise of SGD alone end in one valley
   fit, validate, test, predict one run under LightningCLI
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
@@ -33,7 +34,14 @@ import lottery_callbacks  # noqa: F401
 import lottery_lightning.networks  # noqa: F401
 from lottery_lightning import __version__
 from lottery_lightning.data import TensorDataModule  # noqa: F401
-from lottery_lightning.experiments import EdgePopupSearch, Lottery, StrongTickets, SubsetSum, SubsetSumNetwork
+from lottery_lightning.experiments import (
+    EdgePopupSearch,
+    Instability,
+    Lottery,
+    StrongTickets,
+    SubsetSum,
+    SubsetSumNetwork,
+)
 from lottery_lightning.experiments.store import claim
 from lottery_lightning.tasks import ImageClassifier  # noqa: F401
 
@@ -43,6 +51,7 @@ EXPERIMENTS = {
     "subset-sum-network": SubsetSumNetwork,
     "strong-ticket": StrongTickets,
     "edge-popup": EdgePopupSearch,
+    "instability": Instability,
 }
 LIGHTNING = ("fit", "validate", "test", "predict")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

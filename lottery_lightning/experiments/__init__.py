@@ -1,6 +1,7 @@
 """Experiments: plans of runs from one config. Finished runs are skipped on a rerun."""
 
 from lottery_lightning.experiments.edge_popup import EdgePopupSearch, Search
+from lottery_lightning.experiments.instability import Instability, Lines
 from lottery_lightning.experiments.lottery import Lottery, Rule
 from lottery_lightning.experiments.runs import Training
 from lottery_lightning.experiments.strong_tickets import StrongTickets
@@ -9,6 +10,8 @@ from lottery_lightning.experiments.subset_sum_network import SubsetSumNetwork
 
 __all__ = [
     "EdgePopupSearch",
+    "Instability",
+    "Lines",
     "Lottery",
     "Rule",
     "Search",

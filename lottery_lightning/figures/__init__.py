@@ -3,6 +3,7 @@
 from lottery_lightning.figures.comparison import comparison_figure
 from lottery_lightning.figures.connectivity import connectivity_figure
 from lottery_lightning.figures.edge_popup import edge_popup_figure
+from lottery_lightning.figures.instability import instability_figure
 from lottery_lightning.figures.lottery import kept_map, lottery_figure, mask_figure
 from lottery_lightning.figures.strong_tickets import strong_ticket_figure
 from lottery_lightning.figures.subset_sum import network_figure, subset_sum_figure
@@ -11,6 +12,7 @@ __all__ = [
     "comparison_figure",
     "connectivity_figure",
     "edge_popup_figure",
+    "instability_figure",
     "kept_map",
     "lottery_figure",
     "mask_figure",

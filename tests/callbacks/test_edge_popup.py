@@ -151,7 +151,7 @@ def test_a_strangers_tied_frozen_and_convolutional_layers(tmp_path):
     assert bits(popup.ticket.apply_(make_plain())) == bits(module)
 
 
-class ConvNet(Net):
+class SmallConv(Net):
     def __init__(self, last=True):
         super().__init__()
         conv = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4, padding=1), nn.ReLU()]
@@ -164,7 +164,7 @@ def test_channels_last_networks_get_the_masks_of_contiguous_ones(tmp_path):
     found = []
     for last in (False, True):
         popup = EdgePopup(0.5, weights="kaiming_normal")
-        module = fit(tmp_path, popup, module=seeded(1, partial(ConvNet, last)), max_steps=5)
+        module = fit(tmp_path, popup, module=seeded(1, partial(SmallConv, last)), max_steps=5)
         assert module.net[2].weight.is_contiguous(memory_format=torch.channels_last) == last
         assert {key: kept / popup.masks[key].numel() for key, kept in M.kept(popup.masks).items()} == dict.fromkeys(
             popup.masks, 0.5
@@ -370,7 +370,6 @@ REFUSED = {
     "rate": (Net, EdgePopup(), [LearningRateFinder()], "^LearningRateFinder runs before there are scores: use Tuner"),
     "batch size": (Net, EdgePopup(), [BatchSizeFinder()], "^BatchSizeFinder runs before there are scores: use Tuner"),
     "parametrized": (Parametrized, EdgePopup(), [], r"^net\.1 has parametrizations: make them permanent"),
-    "lazy": (Lazy, EdgePopup(), [], r"^lazy\.weight, lazy\.bias have no shape yet: run the module on one batch"),
     "norms": (WithoutNorms, EdgePopup(norms="trained"), [], "^no optimizer has some of the norms"),
 }
 
@@ -380,6 +379,13 @@ def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path, name):
     make, popup, others, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, popup, *others, module=make())
+
+
+def test_weights_without_a_shape_are_refused(tmp_path):
+    module = Lazy()
+    with pytest.raises(ValueError, match=r"^lazy\.weight, lazy\.bias have no shape yet: run the module on one batch"):
+        fit(tmp_path, EdgePopup(), module=module)
+    module.lazy(torch.rand(1, 2))  # what has no shape cannot be counted by tests of memory
 
 
 def test_a_weight_in_two_optimizers_is_refused(tmp_path):

@@ -13,7 +13,22 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 
 SMALL = {  # what makes an experiment short
     "edge-popup": ["--trials", "1", "--training.max_steps", "2", "--sparsities", "[0.5]"],
-    "strong-ticket": ["--trials", "1", "--training.max_steps", "2", "--ns", "[3]", "--any_size", "[3]"],
+    "instability": [
+        *("--trials", "1", "--copies", "2", "--at", "[0it, 1it]", "--lines.points", "3"),
+        *("--training.max_steps", "2", "--training.val_every", "2it"),
+    ],
+    "strong-ticket": [
+        "--trials",
+        "1",
+        "--training.max_steps",
+        "2",
+        "--ns",
+        "[3]",
+        "--any_size",
+        "[3]",
+        "--search_steps",
+        "2",
+    ],
     "subset-sum": ["--trials", "3", "--sizes", "[2, 3]", "--largest", "6", "--largest_any", "4"],
     "subset-sum-network": ["--trials", "1", "--training.max_steps", "2", "--n", "8"],
 }
