@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from drawn_networks import drawn, generator, outputs
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -14,29 +15,6 @@ from lottery_callbacks.functional.hidden_units import check_groups, permutation_
 from lottery_callbacks.functional.permutations import permuted, random_permutations
 from lottery_lightning.networks import VGG, Conv, ConvNet, Dense, GroupCNN, LeNet5, ResNet, ResNet10, ResNet18, ResNet20
 from lottery_lightning.networks.equivariant import GroupMaxPool2d
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def drawn(make, seed=0):
-    """A network whose norm layers and biases are not all alike, and its state."""
-    torch.manual_seed(seed)
-    network = make()
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if name.endswith(("running_mean", "running_var", "bias")) or (tensor.ndim == 1 and "weight" in name):
-                tensor.uniform_(0.5, 1.5)
-    return network, {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def outputs(network, state, inputs):
-    """In float64 and evaluation, with the weights of `state`."""
-    other = deepcopy(network).double().eval()
-    other.load_state_dict(state)
-    with torch.no_grad():
-        return other(inputs.double())
 
 
 def widths(groups, state):
