@@ -1,5 +1,6 @@
 """The strong tickets of single layers as modules: what is kept of two random layers, run as such."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -15,7 +16,7 @@ from lottery_callbacks.functional.strong_layer import StrongLayer
 HIDDEN = 1 << 21  # hidden values held at once: beyond it the batch is cut in pieces, which is also faster
 
 
-class StrongModule(nn.Module):
+class StrongModule(nn.Module, ABC):
     """Kept edges as buffers, in the place of one layer of the target divided by `scale`.
 
     A layer of another package names its own such class in an attribute `strong_form`; see `chain_of`.
@@ -62,9 +63,9 @@ class StrongModule(nn.Module):
         """The buffers, as edges."""
         return KeptEdges(self.units, self.inputs, self.first, self.outputs, self.places, self.second)
 
+    @abstractmethod
     def approximates(self, weight: Tensor, bias: Tensor) -> Approximated:
         """This layer beside its scaled target, for the certificate."""
-        raise NotImplementedError
 
     def verify(self) -> None:
         """Regenerate each kept weight bit for bit and check the counts.
