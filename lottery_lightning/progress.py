@@ -38,7 +38,7 @@ class ExperimentProgress(L.Callback):
         self._bar.stop()
 
     def start(self, name: str, share: float = 1.0) -> None:
-        """A run begins, which takes as long as this share of a whole one."""
+        """A run begins, which takes as long as this share of a whole one; a fit of it takes the last of its steps."""
         self._share, self._shown = share, 0
         self._bar.update(self._task, description=name)
 
@@ -63,4 +63,5 @@ class ExperimentProgress(L.Callback):
     ) -> None:
         if trainer.global_step - self._shown >= self.every:
             self._shown = trainer.global_step
-            self._bar.update(self._task, completed=self._before + self._shown)
+            skipped = self.steps_per_run * (1 - self._share)
+            self._bar.update(self._task, completed=self._before + max(0, self._shown - skipped))

@@ -122,8 +122,11 @@ class Instability:
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
         trials = [self._trial(number) for number in range(self.trials)]
-        pairs = len(trials[0].pairs(self.starts[0]))
-        runs = 1 + len(self.starts) * (self.copies + LINE * pairs) - len(self.at)
+        lines = LINE * len(trials[0].pairs(self.starts[0]))
+        runs = 1.0 + sum(
+            lines + sum(self._share(start) for run in trials[0].runs(start) if run != trials[0].dense)
+            for start in self.starts
+        )
         with quick_collection(), ExperimentProgress(self.trials * runs, self.training.max_steps) as progress:
             runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
             folders = [trial.folder for trial in trials]
@@ -147,22 +150,32 @@ class Instability:
     def _run_trial(self, trial: Trial, runner: Runner, progress: ExperimentProgress) -> None:
         seed = self.seed + trial.number
         points = {step: trial.point(step) for step in self.at}
-        self._do(trial.dense, seed, lambda: RewindPoints(dense_fit(self.model, seed), points), runner, progress)
+        self._do(trial.dense, 1.0, seed, lambda: RewindPoints(dense_fit(self.model, seed), points), runner, progress)
         for start in self.starts:
             masked = partial(self._masked, trial, start)
             for copy, run in enumerate(trial.runs(start)):
                 if run != trial.dense:
-                    self._do(run, copy_seed(seed, copy), masked, runner, progress)
+                    self._do(run, self._share(start), copy_seed(seed, copy), masked, runner, progress)
             self._evaluate(trial, start, runner, progress)
 
     def _masked(self, trial: Trial, start: Start) -> MaskedTraining:
         return begin(start, trial.number, Ticket.load(trial.point(start.at)), self.tickets)
 
+    def _share(self, start: Start) -> float:
+        """Of a whole run that a copy takes; epochs are of unknown length before a fit."""
+        return 1 - start.at.count / self.training.max_steps if start.at.unit == "it" else 1.0
+
     def _do(
-        self, run: Run, seed: int, masked: Callable[[], MaskedTraining], runner: Runner, progress: ExperimentProgress
+        self,
+        run: Run,
+        share: float,
+        seed: int,
+        masked: Callable[[], MaskedTraining],
+        runner: Runner,
+        progress: ExperimentProgress,
     ) -> None:
         name = f"trial {run.trial} {run.arm}" + (f", copy {run.draw}" if run.arm != DENSE else "")
-        progress.start(name)
+        progress.start(name, share)
         if run.record is not None:
             progress.finish(None)
             return

@@ -103,20 +103,30 @@ class Padding(nn.Module):
 
 
 class ResNet20(ResNet):
-    """ResNet-20: widths 16, 32, 64, three blocks a stage.
+    """ResNet-20: widths w, 2w, 4w, three blocks a stage.
 
-    With projections 272,474 parameters, of which 270,256 in convolutions (2,560 of them in shortcuts); with padding,
-    as in arXiv 1512.03385, 269,722 and 267,696. Arguments: see `ResNet`.
+    At w = 16, with projections, 272,474 parameters, of which 270,256 in convolutions (2,560 of them in shortcuts);
+    with padding, as in arXiv 1512.03385, 269,722 and 267,696.
 
     The lottery ticket paper (arXiv 1803.03635) calls it ResNet-18, with 274K parameters of which 270K in
     convolutions: that is the network with projections, 274,042 with its norm layers' running statistics. Its
     densities (41.7, 27.1, 11.8 %) are of all weights, with neither shortcuts nor `output` pruned.
+
+    Args:
+        shortcut: see `ResNet`.
+        classes: number of logits.
+        init: see `initialise`.
+        width: w, channels of the first stage.
     """
 
     def __init__(
-        self, shortcut: Shortcut = "projection", classes: int = 10, init: Initialisation = "glorot_normal"
+        self,
+        shortcut: Shortcut = "projection",
+        classes: int = 10,
+        init: Initialisation = "glorot_normal",
+        width: int = 16,
     ) -> None:
-        super().__init__((16, 32, 64), 3, shortcut, classes, init)
+        super().__init__([width * factor for factor in (1, 2, 4)], 3, shortcut, classes, init)
 
 
 class ResNet18(ResNet):

@@ -20,6 +20,7 @@ from lottery_lightning.cli import build, main
 from lottery_lightning.data import Digits
 from lottery_lightning.experiments import Instability, Lines, Training
 from lottery_lightning.experiments.between import Between
+from lottery_lightning.experiments.instability import LINE
 from lottery_lightning.experiments.instability_report import cells, finding, instability_table, sentence
 from lottery_lightning.experiments.runs import Run, Runner
 from lottery_lightning.figures import instability_figure
@@ -292,6 +293,32 @@ def test_a_torn_experiment_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert len(compared) == 3 + 10 + 6  # states, runs, lines
     for path in compared:
         assert (tmp_path / "torn" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+
+def test_the_bar_counts_the_steps_that_a_copy_takes(tmp_path, monkeypatch):
+    bars, shown = [], []
+
+    class Watch(ExperimentProgress):
+        def __init__(self, *args):
+            super().__init__(*args, every=5)
+            bars.append(self._bar)
+
+        def visit_ends(self, per_epoch, last):
+            return (5, 10, 15, 20)
+
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            shown.append(self._bar.tasks[0].completed)
+
+    monkeypatch.setattr("lottery_lightning.experiments.instability.ExperimentProgress", Watch)
+    Instability(task(), Digits(), tmp_path / "run", "0it,10it", 3, 1, lines=Lines(3), training=SHORT).run()
+    lines = 3 * LINE * 20  # 3 pairs
+    dense, late = [5, 10, 15, 20], [5, 10]
+    starts = [0, 20, 40, 60 + lines, 70 + lines]
+    runs = [dense, dense, dense, late, late]
+    expected = [begun + step for begun, steps in zip(starts, runs, strict=True) for step in steps]
+    assert list(dict.fromkeys(shown)) == pytest.approx([0, *expected])
+    assert bars[0].tasks[0].completed == pytest.approx(bars[0].tasks[0].total) == pytest.approx(80 + 2 * lines)
 
 
 def test_trials_are_shared_between_processes(tmp_path, monkeypatch, capsys):
