@@ -4,11 +4,13 @@ from lottery_lightning.data.arrays import Arrays
 from lottery_lightning.data.cifar10 import CIFAR10
 from lottery_lightning.data.datamodule import TensorDataModule
 from lottery_lightning.data.digits import Digits
+from lottery_lightning.data.ecg5000 import ECG5000
 from lottery_lightning.data.loader import EpochOrder, ShuffledTensorLoader, TensorLoader
 from lottery_lightning.data.mnist import MNIST, RotatedMNIST
 
 __all__ = [
     "CIFAR10",
+    "ECG5000",
     "MNIST",
     "Arrays",
     "Digits",
