@@ -1,5 +1,6 @@
 """Instability analysis: copies of a network that differ only in the noise of SGD (arXiv 1912.05671)."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from lottery_callbacks import Ticket
+from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional.hidden_units import permutation_groups
 from lottery_callbacks.functional.interpolation import Norms, even
 from lottery_callbacks.functional.steps import Step
@@ -18,7 +20,7 @@ from lottery_lightning.experiments.between import Between
 from lottery_lightning.experiments.instability_report import Row, report
 from lottery_lightning.experiments.rewind_points import RewindPoints
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection, stable_seed
-from lottery_lightning.experiments.starts import DENSE, Start, Trial, begin, mask_of
+from lottery_lightning.experiments.starts import DENSE, Start, Trial, begin, mask_of, require_weights_of
 from lottery_lightning.experiments.store import read_json, share_trials, write_json
 from lottery_lightning.progress import ExperimentProgress
 
@@ -82,7 +84,8 @@ class Instability:
         seed: of the first trial.
 
     Raises:
-        ValueError: a bad argument, a missing ticket, or one that starts from other weights than this trial's.
+        ValueError: a bad argument, a missing ticket, or one whose rewind point is not this trial's own: at step 0, or
+            at the step k that it is applied at; other steps cannot be compared.
     """
 
     def __init__(
@@ -113,11 +116,24 @@ class Instability:
         folders = [DENSE, *(start.folder for start in self.starts)]
         if not self.at or DENSE in self.tickets or len(set(folders)) < len(folders):
             raise ValueError(f"at, tickets: give each once, one step at least, and no ticket the name {DENSE!r}")
-        for start in self.starts:
-            for trial in range(trials if start.network != DENSE else 0):
-                mask_of(self.tickets, start, trial).check(model)
+        self._check_tickets()
         if lines.align:
             permutation_groups(model)  # refuses a network that cannot be traced
+
+    def _check_tickets(self) -> None:
+        """Refuse before the first run what would be refused after many."""
+        for path in self.tickets.values():
+            if self.trials > 1 and "{trial}" not in path:
+                raise ValueError(f"tickets: {path} is one file for {self.trials} trials: put {{trial}} in its path")
+        for trial in range(self.trials if self.tickets else 0):
+            initial = copy.deepcopy(self.model)
+            reinitialise(initial, self.seed + trial)
+            for start in self.starts:
+                if start.network != DENSE:
+                    ticket = mask_of(self.tickets, start, trial)
+                    ticket.check(self.model)
+                    if not ticket.rewind.step:
+                        require_weights_of(trial, start.network, ticket, dict(initial.state_dict()))
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
@@ -152,10 +168,12 @@ class Instability:
         points = {step: trial.point(step) for step in self.at}
         self._do(trial.dense, 1.0, seed, lambda: RewindPoints(dense_fit(self.model, seed), points), runner, progress)
         for start in self.starts:
+            self._masked(trial, start)  # refuses a ticket of other weights before any copy
+        for start in self.starts:
             masked = partial(self._masked, trial, start)
-            for copy, run in enumerate(trial.runs(start)):
+            for number, run in enumerate(trial.runs(start)):
                 if run != trial.dense:
-                    self._do(run, self._share(start), copy_seed(seed, copy), masked, runner, progress)
+                    self._do(run, self._share(start), copy_seed(seed, number), masked, runner, progress)
             self._evaluate(trial, start, runner, progress)
 
     def _masked(self, trial: Trial, start: Start) -> MaskedTraining:

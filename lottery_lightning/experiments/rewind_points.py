@@ -23,7 +23,7 @@ class RewindPoints(ApplyTicket):
         paths: where the ticket of each step is written.
 
     Raises:
-        ValueError: a step is not before the run's last one, or counts epochs of unknown length.
+        ValueError: a step is not before the run's last one, is another's equal, or counts epochs of unknown length.
     """
 
     def __init__(self, dense: ApplyTicket, paths: Mapping[Step, Path]) -> None:
@@ -34,15 +34,18 @@ class RewindPoints(ApplyTicket):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._written = list(self._resumed.get("written", ()))
-        self._write([step for step in self.paths if not step.count], trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         per_epoch = steps_per_epoch(trainer)
         last = last_step(trainer, per_epoch)
-        for step in self.paths:
-            if (at := iterations(step, per_epoch)) >= last and counts_steps(trainer):
-                raise ValueError(f"{step} is step {at}, and the run's last step is {last}: take an earlier one")
+        at = {step: iterations(step, per_epoch) for step in self.paths}
+        for step, count in at.items():
+            if count >= last and counts_steps(trainer):
+                raise ValueError(f"{step} is step {count}, and the run's last step is {last}: take an earlier one")
+            if same := [other for other in at if other != step and at[other] == count]:
+                raise ValueError(f"{step} and {same[0]} are both step {count}: give one of them")
+        self._write([step for step in self.paths if not step.count], trainer, pl_module)  # after what is refused
 
     def visit_ends(self, per_epoch: int, last: float) -> list[int]:
         """The steps themselves; see `fit_steps`."""

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lottery_callbacks import ApplyTicket, Ticket
 from lottery_callbacks.functional.steps import Step
@@ -73,6 +74,23 @@ def mask_of(tickets: Mapping[str, str], start: Start, trial: int) -> Ticket:
     return Ticket.load(path)
 
 
+def require_weights_of(trial: int, name: str, ticket: Ticket, weights: Mapping[str, Tensor]) -> None:
+    """Compare the ticket's rewind point with the trial's own weights at its step.
+
+    Raises:
+        ValueError: it is of another network.
+    """
+    one, other = (
+        torch.cat([of[n].flatten().double() for n in ticket.masks]) for of in (ticket.rewind.tensors, weights)
+    )
+    apart = float((one - other).norm() / other.norm())  # sqrt(2) for independent draws, far less for other machines
+    if apart > 0.5:
+        raise ValueError(
+            f"ticket {name!r} of trial {trial} starts from other weights at step {ticket.rewind.step} ({apart:.0%} "
+            "away): give that of a lottery with this model, data and seed, 'trial_{trial}/tickets/level_10.safetensors'"
+        )
+
+
 def begin(start: Start, trial: int, point: Ticket, tickets: Mapping[str, str]) -> ApplyTicket:
     """What trains a copy from `point`, W_k; the order of its data is that of level 0, whatever the ticket's level.
 
@@ -81,16 +99,7 @@ def begin(start: Start, trial: int, point: Ticket, tickets: Mapping[str, str]) -
     """
     if start.network == DENSE:
         return ApplyTicket(point)
-    ticket, k = mask_of(tickets, start, trial), point.rewind.step
-    if ticket.rewind.step == k and (apart := _distance(ticket, point)) > 0.5:
-        raise ValueError(
-            f"ticket {start.network!r} of trial {trial} starts from other weights at step {k} ({apart:.0%} away): "
-            "give that of a lottery with this model, data and seed, as 'trial_{trial}/tickets/level_10.safetensors'"
-        )
+    ticket = mask_of(tickets, start, trial)
+    if ticket.rewind.step == point.rewind.step:
+        require_weights_of(trial, start.network, ticket, point.rewind.tensors)
     return ApplyTicket(Ticket(ticket.masks, point.rewind))
-
-
-def _distance(ticket: Ticket, point: Ticket) -> float:
-    """Between the weights at the start, relative: sqrt(2) for independent draws, far less for rounding of machines."""
-    one, other = (torch.cat([t.rewind.tensors[n].flatten().double() for n in ticket.masks]) for t in (ticket, point))
-    return float((one - other).norm() / other.norm())

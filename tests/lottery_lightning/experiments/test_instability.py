@@ -13,7 +13,7 @@ from torch import nn
 
 from lottery_callbacks import ApplyTicket, RewindPoint, Ticket
 from lottery_callbacks.apply_ticket import reinitialise
-from lottery_callbacks.functional.interpolation import Line, interpolate
+from lottery_callbacks.functional.interpolation import interpolate
 from lottery_callbacks.functional.permutations import permuted
 from lottery_callbacks.rewinding import snapshot
 from lottery_lightning.cli import build, main
@@ -21,9 +21,7 @@ from lottery_lightning.data import Digits
 from lottery_lightning.experiments import Instability, Lines, Training
 from lottery_lightning.experiments.between import Between
 from lottery_lightning.experiments.instability import LINE
-from lottery_lightning.experiments.instability_report import cells, finding, instability_table, sentence
 from lottery_lightning.experiments.runs import Run, Runner
-from lottery_lightning.figures import instability_figure
 from lottery_lightning.networks import Dense
 from lottery_lightning.progress import ExperimentProgress
 from lottery_lightning.tasks import ImageClassifier
@@ -217,13 +215,34 @@ def test_equal_noise_gives_one_network_and_no_barrier(tmp_path, monkeypatch):
     ]
 
 
+class TurnedTask(ImageClassifier):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (-3 * batch[0], batch[1]) if isinstance(batch, list | tuple) else batch
+
+
+class ShiftedDigits(Digits):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] / 2 + self.trainer.testing, batch[1]) if isinstance(batch, list | tuple) else batch
+
+
+@pytest.mark.parametrize(("kind", "data"), [(TurnedTask, Digits), (ImageClassifier, ShiftedDigits)])
+def test_batches_pass_the_hooks_of_the_module_and_of_the_data(tmp_path, kind, data):
+    model = kind(Dense([64, 20, 10]))
+    training = Training(max_steps=60, val_every="30it", threads=1)
+    Instability(model, data(), tmp_path, "0it", 2, lines=Lines(3), training=training).run()
+    (row,) = rows_of(tmp_path / "results.csv")
+    for end, run in (("error_first", "dense"), ("error_second", "dense_0it_1")):
+        record = json.loads((tmp_path / "trial_0" / run / "result.json").read_text())
+        assert float(row[end]) == pytest.approx(1 - record["test_acc_end"], abs=1e-6)
+
+
 def test_statistics_of_batch_norm_are_averaged_or_made_anew(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10))
     errors = {}
     for norms in ("average", "reestimate", "again"):
         lines = Lines(3, norms="average" if norms == "average" else "reestimate", norm_batches=4)
         training = Training(max_steps=20, val_every="10it", threads=1)
-        Instability(task(network), Digits(), tmp_path, "0it", 2, lines=lines, training=training).run()
+        Instability(task(network), Digits(), tmp_path, "0it", 2, lines=lines, training=training, seed=3).run()
         assert json.loads((tmp_path / "results.json").read_text())["norms"] == lines.norms
         errors[norms] = [row["loss"] for row in rows_of(tmp_path / "lines.csv")]
         shutil.rmtree(tmp_path / "trial_0" / "lines")
@@ -334,35 +353,13 @@ def test_trials_are_shared_between_processes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "results.csv").exists()
 
 
-def pair(network, k, instability, trial=0):
-    errors = (0.1, 0.1 + instability, 0.1)
-    line = {"t": (0.0, 0.5, 1.0), "losses": errors, "errors": errors, "norms": "average"}
-    of = {"network": network, "density": 1.0, "at": f"{k}it", "k": k, "trial": trial, "first": 0, "second": 1}
-    return of | {"lines": {"plain": Line(**line)}}
-
-
-def test_stable_is_a_mean_below_2_percent_at_a_step_and_all_later_ones():
-    levels = {"a": (0.01, 0.03, 0.019), "b": (0.0, 0.0, 0.5), "c": (0.5, 0.01, 0.01)}
-    rows = [pair(name, k, value) for name, own in levels.items() for k, value in zip((0, 10, 500), own, strict=True)]
-    assert finding(rows)["stable_from"] == {"a": 500, "b": None, "c": 10}
-    found = cells(rows)
-    assert [cell["instability_sd"] for cell in found] == [None] * 9
-    told = sentence(found)
-    assert "a (100.00% of the weights) is stable from step 500 on" in told
-    assert "b (100.00% of the weights) is not stable from any of these steps on" in told
-    assert instability_table(found, finding(rows)).row_count == 9
-    assert instability_figure(rows) == instability_figure(rows)
-    assert instability_figure(rows) != instability_figure(rows[:3])
-    two = [pair("a", 0, 0.01), pair("a", 0, 0.035, trial=1)]
-    assert finding(two)["stable_from"] == {"a": None}
-    assert finding(two)["instability"] == {"a at 0it": 0.0225}
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--at", "[60it]"], "at=60it is not before training.max_steps=60"),
         (["--at", "3ep"], "3ep is step 60, and the run's last step is 60: take an earlier one"),
+        (["--at", "0it,3ep"], "3ep is step 60, and the run's last step is 60: take an earlier one"),
+        (["--at", "20it,1ep"], "20it and 1ep are both step 20: give one of them"),
         (["--at", "0it,0it"], "at, tickets: give each once"),
         (["--at", "[]"], "one step at least"),
         (["--at", "soon"], "'soon' is no step string"),
@@ -372,8 +369,9 @@ def test_stable_is_a_mean_below_2_percent_at_a_step_and_all_later_ones():
         (["--lines.norms", "fresh"], "fresh"),
         (["--lines.norm_batches", "0"], "norm_batches=0"),
         (["--tickets", "{dense: x}"], "no ticket the name 'dense'"),
-        (["--tickets", "{a: 'x_{level}'}"], "names 'level', and only {trial} and {at} are known"),
-        (["--tickets", "{a: absent}"], "absent is missing or torn"),
+        (["--tickets", "{a: 'x_{trial}_{level}'}"], "names 'level', and only {trial} and {at} are known"),
+        (["--tickets", "{a: 'absent_{trial}'}"], "absent_0 is missing or torn"),
+        (["--tickets", "{a: absent}"], "absent is one file for 2 trials: put {trial} in its path"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, capsys, words, message):
@@ -383,19 +381,35 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, capsys, words, mess
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not list((tmp_path / "run").rglob("*.ckpt"))
+    assert not list((tmp_path / "run").rglob("*.ckpt")) + list((tmp_path / "run").rglob("*.safetensors"))
+    mended = ["--at", "0it,1ep", "--tickets", "null", "--training.max_steps", "1", "--copies", "1"]
+    main(["instability", "--config", str(tmp_path / "options.yaml"), *mended])
+    assert "holds another experiment" not in capsys.readouterr().err
 
 
-def test_a_ticket_of_another_network_is_refused(tmp_path):
-    def experiment(ticket):
+def test_a_ticket_of_another_network_is_refused_before_the_first_run(tmp_path):
+    def experiment(ticket, at="0it"):
         ticket.save(tmp_path / "ticket.safetensors")
         tickets = {"half": str(tmp_path / "ticket.safetensors")}
-        return Instability(task(), Digits(), tmp_path / "run", "0it", 2, 1, tickets, Lines(3), SHORT)
+        return Instability(task(), Digits(), tmp_path / "run", at, 2, 1, tickets, Lines(3), SHORT)
 
     with pytest.raises(ValueError, match=r"another architecture: network.hidden.0.weight is \(30, 64\) in the ticket"):
         experiment(half(task(Dense([64, 30, 10])), 0))
-    with pytest.raises(ValueError, match=r"ticket 'half' of trial 0 starts from other weights at step 0 \(1\d\d% away"):
-        experiment(half(task(), 1)).run()
+    for at in ("0it", "10it"):
+        with pytest.raises(
+            ValueError, match=r"ticket 'half' of trial 0 starts from other weights at step 0 \(1\d\d% aw"
+        ):
+            experiment(half(task(), 1), at)
+    experiment(half(task(), 0), "10it")
+
+
+def test_a_ticket_rewound_to_a_later_step_is_compared_there_before_any_copy(tmp_path):
+    ticket = half(task(), 1)
+    Ticket(ticket.masks, RewindPoint(10, ticket.rewind.tensors)).save(tmp_path / "ticket.safetensors")
+    tickets = {"half": str(tmp_path / "ticket.safetensors")}
+    with pytest.raises(ValueError, match=r"starts from other weights at step 10 \(1\d\d% away\)"):
+        Instability(task(), Digits(), tmp_path / "run", "5it,10it", 2, 1, tickets, Lines(3), SHORT).run()
+    assert {path.parent.name for path in (tmp_path / "run").rglob("final.ckpt")} == {"dense"}
 
 
 def test_a_module_needs_a_forward(tmp_path):
