@@ -7,6 +7,8 @@ commands:
   strong-ticket                random networks pruned, never trained, into the approximation of a trained one
   edge-popup                   random networks whose masks are searched by gradient, and whose weights never change
   instability                  whether copies that differ in the noise of SGD alone end in one valley
+  geometry                     curvature and loss landscapes of the tickets of a finished lottery
+  heavy-tails                  networks trained with alpha-stable noise, and how far they can be compressed
   fit, validate, test, predict one run under LightningCLI
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
@@ -36,6 +38,8 @@ from lottery_lightning import __version__
 from lottery_lightning.data import TensorDataModule  # noqa: F401
 from lottery_lightning.experiments import (
     EdgePopupSearch,
+    Geometry,
+    HeavyTails,
     Instability,
     Lottery,
     StrongTickets,
@@ -52,6 +56,8 @@ EXPERIMENTS = {
     "strong-ticket": StrongTickets,
     "edge-popup": EdgePopupSearch,
     "instability": Instability,
+    "geometry": Geometry,
+    "heavy-tails": HeavyTails,
 }
 LIGHTNING = ("fit", "validate", "test", "predict")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -9,6 +9,7 @@ log_level(trainer.logger, {"ticket/acc": float(trainer.callback_metrics["val/acc
 log_image(trainer.logger, "masks", mask_figure([(0, ticket)]), level.number)
 log_table(trainer.logger, "levels", [{"level": level.number, "density": ticket.density}], level.number)
 log_ticket(trainer.logger, level.ticket)
+LinearModeConnectivity(report=log_lines)
 ```
 """
 
@@ -20,9 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from lottery_callbacks import Ticket
+from lottery_callbacks.functional.interpolation import Line
 
 Kind = Literal["none", "csv", "tensorboard", "wandb"]
 
@@ -126,6 +129,26 @@ def log_ticket(logger: Logger | bool | None, path: str | os.PathLike[str]) -> No
     artifact = wandb.Artifact(name, type="ticket", metadata=metadata)
     artifact.add_file(str(path), policy="immutable", skip_cache=True)
     run.log_artifact(artifact)
+
+
+def log_lines(trainer: L.Trainer, lines: Mapping[str, Line]) -> None:
+    """Show `connectivity_figure` of the lines as "lmc" in every logger that shows pictures, at the last step.
+
+    A `report` for `LinearModeConnectivity`, in a config by its class path:
+
+    ```yaml
+    callbacks:
+      - class_path: LinearModeConnectivity
+        init_args: {to: [seed1.ckpt], report: lottery_lightning.loggers.log_lines}
+    ```
+    """
+    if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
+        return
+    from lottery_lightning.figures import connectivity_figure  # needs matplotlib
+
+    png = connectivity_figure(lines)
+    for logger in trainer.loggers:
+        log_image(logger, "lmc", png, trainer.global_step)
 
 
 def close(logger: Logger | bool | None) -> None:

@@ -42,7 +42,12 @@ def test_the_python_of_a_readme_runs(name, tmp_path, monkeypatch):
     pruned = Dense([64, 20, 10])
     l1_unstructured(pruned.output, "weight", 0.5)
     torch.save(pruned.state_dict(), "pruned.pt")
-    scope |= {"images": torch.randn(2, 1, 8, 8), "path": "runs/mine/tickets/level_02.safetensors", "Trainer": Trainer}
+    scope |= {
+        "images": torch.randn(2, 1, 8, 8),
+        "labels": torch.tensor([3, 7]),
+        "path": "runs/mine/tickets/level_02.safetensors",
+        "Trainer": Trainer,
+    }
     for block in blocks:
         for pattern, small in SMALL.items():
             block = re.sub(pattern, small, block)

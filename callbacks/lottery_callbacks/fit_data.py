@@ -12,11 +12,38 @@ from torch.utils.data import DataLoader
 from lottery_callbacks import random_state
 
 
+def load_validation_data(trainer: L.Trainer) -> None:
+    """Have the fit's validation loaders made, where Lightning has made none yet; it takes them over later.
+
+    It makes them before the first validation: in an epoch without one, and in a fit that was torn after its last step
+    and is only finished, there are none. To be called by all processes. The global random state stays.
+    """
+    if trainer.val_dataloaders is not None:
+        return
+    stage, trainer.validating = trainer.state.stage, True
+    try:
+        with random_state.forked():
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def on_device(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """A block of `on_fit_end` with the module on the fit's device: the Trainer has moved it to the CPU before."""
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.cpu()
+
+
 @contextmanager
 def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> Iterator[Iterable[Any]]:
     """A block with the validation batches that the fit sees, for one pass, as `validation_step` gets them.
 
     The Trainer is `validating` in it. After it the global random state and the generators of the loaders are as before.
+    `load_validation_data` comes before where Lightning may have no loaders yet.
     """
     loaders: Any = trainer.val_dataloaders
     loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
@@ -59,10 +86,17 @@ def _limited(
 
 @contextmanager
 def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
-    """A block that may read loaders: what they draw from, and the places of our own, are put back; visits are off."""
+    """A block that may read loaders: what they draw from, and the places of our own, are put back; visits are off.
+
+    Persistent workers are left alone: others read here, since theirs would begin anew and not draw when they should.
+    """
     parts = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
+    parts += [getattr(part, "sampler", None) for part in parts]  # a batch sampler has one of its own
     found = [getattr(part, "generator", None) for part in (*loaders, *parts)]
     generators = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
+    begun = [(loader, loader._iterator) for loader in loaders if isinstance(loader, DataLoader)]
+    for loader, _ in begun:
+        loader._iterator = None
     ours = [one for one in loaders if hasattr(one, "load_state_dict") and not isinstance(one, DataLoader)]
     places = [(loader, loader.state_dict(), getattr(loader, "visits", None)) for loader in ours]
     for loader, _, visits in places:
@@ -73,6 +107,8 @@ def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
     finally:
         for generator, state in generators:
             generator.set_state(state)
+        for loader, iterator in begun:
+            loader._iterator = iterator
         for loader, place, visits in places:
             loader.load_state_dict(place)
             if visits is not None:

@@ -1,7 +1,8 @@
 """Linear mode connectivity: loss and error on the lines from what a fit has trained to other networks."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ from torch import Tensor, nn
 
 from lottery_callbacks import random_state
 from lottery_callbacks.apply_ticket import ApplyTicket
-from lottery_callbacks.fit_data import prepared, training_batches, validation_batches
+from lottery_callbacks.fit_data import (
+    load_validation_data,
+    on_device,
+    prepared,
+    training_batches,
+    validation_batches,
+)
 from lottery_callbacks.foreign import plain
 from lottery_callbacks.functional.evaluation import Loss, Metrics, classification, evaluate_on
-from lottery_callbacks.functional.interpolation import Line, Norms, along, batch_norms, even, require_same_tensors
+from lottery_callbacks.functional.in_place import preserved
+from lottery_callbacks.functional.interpolation import Line, along, even, require_same_tensors
+from lottery_callbacks.functional.running_statistics import Norms, batch_norms
 from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePruning
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.names import canonical
+from lottery_callbacks.sharding import refuse_sharded
 
 Place = str | os.PathLike[str]
+Report = Callable[[L.Trainer, Mapping[str, Line]], object]
 
 
 class LinearModeConnectivity(L.Callback):
@@ -33,7 +44,8 @@ class LinearModeConnectivity(L.Callback):
     generators of their loaders; a data set that keeps a state of its own is read as at a validation.
 
     `results` holds the `Line` of the last fit by name, "previous" and those of `to`. Loggers get, at the last step,
-    `lmc/<name>/barrier`, `lmc/<name>/instability`, `lmc/<name>/loss@<t>` and `lmc/<name>/error@<t>`.
+    `lmc/<name>/barrier`, `lmc/<name>/instability`, `lmc/<name>/loss@<t>` and `lmc/<name>/error@<t>`; `report` may add a
+    figure, as `lottery_lightning.loggers.log_lines` does.
 
     The level before is known to the object that saw it, and to a fit that is resumed from a checkpoint: levels of
     `IterativeMagnitudePruning` and `ApplyTicket` go by their number, other fits by their order. Where it is not known a
@@ -41,7 +53,7 @@ class LinearModeConnectivity(L.Callback):
     process on its own part of the data, and sums are added up.
 
     Kept in checkpoints: the last weights of the level before, one copy of the network, which is in memory too (CPU).
-    Cost: a validation a point and line; with norms="reestimate" `norm_batches` more batches a point.
+    Cost: a batch at the start, a validation a point and line; norms="reestimate": `norm_batches` more batches a point.
 
     Args:
         to: checkpoints of the same module, of Lightning or plain state dicts: a list, whose names are those of the
@@ -53,10 +65,11 @@ class LinearModeConnectivity(L.Callback):
         loss: of the module and a batch, the loss of each example, or these and whether each is wrong (1912.05671's
             error); it must not log. By default cross-entropy, of batches (inputs, class labels).
         network: name of the submodule that maps inputs to logits; None for the module's own `forward`.
+        report: called at the end, on the first process, with the Trainer and `results`, if any; in a config a path.
 
     Raises:
         ValueError: before the first step, names a checkpoint that is missing or of another architecture, data that the
-            loss cannot treat, or that there are none.
+            loss cannot treat or that there are none of, a network that cannot be put back, a strategy that shards.
     """
 
     def __init__(
@@ -68,12 +81,15 @@ class LinearModeConnectivity(L.Callback):
         norm_batches: int = 20,
         loss: Loss | None = None,
         network: str | None = None,
+        report: Report | None = None,
     ) -> None:
         even(points)  # refuses what makes no line
+        if norm_batches < 1:
+            raise ValueError(f"norm_batches={norm_batches} give no statistics: choose 1 or more")
         self.to = _named(to)
         self.previous, self.points, self.norm_batches = previous, points, norm_batches
         self.norms: Norms = one_of("norms", norms, ("average", "reestimate"))
-        self.loss, self.network = loss, network
+        self.loss, self.network, self.report = loss, network, report
         self.results: dict[str, Line] = {}
         self._last: dict[str, Any] = {}  # "level" and "tensors" of the fit before
         self._level: int | None = None
@@ -83,16 +99,18 @@ class LinearModeConnectivity(L.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(points=self.points, norms=self.norms, network=self.network)
+        return self._generate_state_key(points=self.points, norms=self.norms, network=self.network, to=sorted(self.to))
 
     # ---- before the first step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._fitting = stage == "fit"
+        if self._fitting:
+            refuse_sharded(trainer, "evaluate lines")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = pl_module if self.network is None else pl_module.get_submodule(self.network)
-        if self.loss is None and type(target).forward is L.LightningModule.forward:
+        if self.loss is None and getattr(type(target), "forward", None) is L.LightningModule.forward:
             raise ValueError(
                 f"{type(target).__name__} has no forward: name the submodule that maps inputs to logits in network, "
                 "or give LinearModeConnectivity a loss"
@@ -111,25 +129,26 @@ class LinearModeConnectivity(L.Callback):
             pass  # refuses what is missing or of another architecture
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._require_data(trainer)
+        with preserved(pl_module), validation_batches(trainer, pl_module) as batches:
+            evaluate_on(islice(batches, 1), lambda _, batch: self._measure(trainer, pl_module, batch))(pl_module)
+
+    def _require_data(self, trainer: L.Trainer) -> None:
+        load_validation_data(trainer)
         if not sum(trainer.num_val_batches):
-            raise ValueError(
-                "LinearModeConnectivity evaluates on validation data, and there are none: give the fit some"
-            )
+            mend = "give the fit some, and the module a validation_step"
+            raise ValueError(f"LinearModeConnectivity evaluates on validation data, and there are none: {mend}")
         if self.norms == "reestimate" and isinstance(trainer.train_dataloader, dict | list | tuple | CombinedLoader):
             raise ValueError("norms='reestimate' needs one training loader, and there are several: choose 'average'")
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self.loss is None and self._fitting and not _is_classification(batch):
-            raise ValueError("the validation batches are no (inputs, class labels): give LinearModeConnectivity a loss")
 
     # ---- after the last
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._require_data(trainer)  # a fit that was torn after its last step comes here without a start
         own: dict[str, Tensor] = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(pl_module).items()}
         own = trainer.strategy.broadcast(own)  # statistics of batch norm are each process's own
-        self.results = dict(self._lines(trainer, pl_module, own))
+        with on_device(trainer, pl_module):
+            self.results = dict(self._lines(trainer, pl_module, own))
         self._last = {"level": self._level, "tensors": own} if self.previous else {}
         for name, line in self.results.items():
             found = {"barrier": line.barrier, "instability": line.instability}
@@ -139,6 +158,8 @@ class LinearModeConnectivity(L.Callback):
                 values = {f"lmc/{name}/{key}": value for key, value in found.items()}
                 logger.log_metrics(values, step=trainer.global_step)
             rank_zero_info(f"line to {name}: barrier {line.barrier:.4g}, instability {line.instability:.4g}")
+        if self.report and self.results and trainer.is_global_zero:
+            self.report(trainer, self.results)
 
     def _lines(
         self, trainer: L.Trainer, module: L.LightningModule, own: dict[str, Tensor]
@@ -227,8 +248,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     found = found.get("state_dict", found)
     tensors, masks = plain({name: value for name, value in found.items() if isinstance(value, Tensor)})
     return tensors | {name: tensors[name] * mask for name, mask in masks.items()}
-
-
-def _is_classification(batch: Any) -> bool:
-    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    return pair and batch[1].dtype == torch.int64

@@ -15,6 +15,7 @@ from lottery_callbacks import random_state
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.names import named_parameters
+from lottery_callbacks.sharding import refuse_sharded
 
 # Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
 KEEP_ZEROS = {
@@ -59,8 +60,7 @@ class MaskedTraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
-            if trainer.strategy.restore_checkpoint_after_setup:
-                raise ValueError(f"{type(trainer.strategy).__name__} shards parameters: train tickets with ddp")
+            refuse_sharded(trainer, "train tickets")
             callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
             setters = [type(callback).__name__ for callback in callbacks if isinstance(callback, MaskedTraining)]
             if len(setters) > 1:

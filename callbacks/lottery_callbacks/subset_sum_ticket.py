@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lottery_callbacks.chain_of import chain_of
-from lottery_callbacks.fit_data import validation_batches
+from lottery_callbacks.fit_data import on_device, validation_batches
 from lottery_callbacks.functional.modes import evaluating
 from lottery_callbacks.functional.strong_edges import Inputs, Split
 from lottery_callbacks.functional.strong_layer import strong_layer
@@ -66,6 +66,12 @@ class SubsetSumTicket(L.Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with on_device(trainer, pl_module):
+            self._build(trainer, pl_module)
+        if self.ticket is not None:
+            self.ticket.to("cpu")  # where Lightning leaves the module
+
+    def _build(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         target = self._target(pl_module)
         if self.network is None and self.question["inputs"] == "nonnegative":
             with _batches(trainer, pl_module) as batches:  # before minutes of sums

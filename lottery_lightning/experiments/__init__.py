@@ -1,6 +1,9 @@
 """Experiments: plans of runs from one config. Finished runs are skipped on a rerun."""
 
 from lottery_lightning.experiments.edge_popup import EdgePopupSearch, Search
+from lottery_lightning.experiments.geometry import Geometry
+from lottery_lightning.experiments.geometry_measures import Spectra, Views
+from lottery_lightning.experiments.heavy_tails import Compression, HeavyTails, Noise
 from lottery_lightning.experiments.instability import Instability, Lines
 from lottery_lightning.experiments.lottery import Lottery, Rule
 from lottery_lightning.experiments.runs import Training
@@ -9,14 +12,20 @@ from lottery_lightning.experiments.subset_sum import SubsetSum
 from lottery_lightning.experiments.subset_sum_network import SubsetSumNetwork
 
 __all__ = [
+    "Compression",
     "EdgePopupSearch",
+    "Geometry",
+    "HeavyTails",
     "Instability",
     "Lines",
     "Lottery",
+    "Noise",
     "Rule",
     "Search",
+    "Spectra",
     "StrongTickets",
     "SubsetSum",
     "SubsetSumNetwork",
     "Training",
+    "Views",
 ]

@@ -7,8 +7,9 @@ import lightning.pytorch as L
 from lottery_callbacks.functional.hidden_units import check_groups, permutation_groups
 from lottery_callbacks.functional.interpolation import Line, Norms, State, along
 from lottery_callbacks.functional.matching import align
+from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.runs import Training
-from lottery_lightning.experiments.setting import Setting, weights_of
+from lottery_lightning.experiments.setting import Setting
 
 
 class Between:
@@ -45,7 +46,7 @@ class Between:
         self.groups = permutation_groups(model) if align else None
         if self.groups is not None:
             images, *_ = next(self.setting.test_batches)
-            check_groups(self.setting.model, self.groups, images[:2])
+            check_groups(self.setting.model, self.groups, images[:2])  # before hours of lines
 
     def lines(self, first: Path, second: Path) -> dict[str, Line]:
         """The line between two checkpoints, "plain", and to the second network after matching, "aligned"."""

@@ -1,6 +1,5 @@
 """Strong tickets by search: in random networks masks are trained, and no weight is (arXiv 1911.13299)."""
 
-import copy
 import re
 import time
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from torch import nn
 from lottery_callbacks import EdgePopup, Pruning
 from lottery_callbacks.functional.popup import Scope, Scores, Weights
 from lottery_callbacks.functional.steps import Step
-from lottery_callbacks.messages import describe
 from lottery_lightning.experiments.edge_popup_report import Row, report
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
 from lottery_lightning.experiments.store import share_trials
+from lottery_lightning.experiments.variants import variants
 from lottery_lightning.progress import ExperimentProgress
 
 
@@ -104,13 +103,7 @@ class EdgePopupSearch:
     ) -> None:
         if trials < 1:
             raise ValueError(f"trials={trials}: an experiment has at least one")
-        if network not in dict(model.named_modules()) or not network:
-            known = describe([name for name, _ in model.named_children()])
-            raise ValueError(f"network={network!r} is no submodule of {type(model).__name__}: there are {known}")
-        if networks is None:
-            self.models = {type(model.get_submodule(network)).__name__: model}
-        else:
-            self.models = {name: _with(model, network, part) for name, part in networks.items()}
+        self.models = variants(model, network, networks)
         searches = [Arm(name, draw, sparsity) for name in self.models for draw in weights for sparsity in sparsities]
         self.arms = [DENSE, *searches] if dense else searches
         if dense and DENSE.network in self.models:
@@ -205,13 +198,6 @@ class EdgePopupSearch:
 
     def _trial_dir(self, trial: int) -> Path:
         return self.run_dir / f"trial_{trial}"
-
-
-def _with(model: L.LightningModule, name: str, part: nn.Module) -> L.LightningModule:
-    """A copy of the model with another submodule."""
-    model = copy.deepcopy(model)
-    model.set_submodule(name, part)
-    return model
 
 
 def _folder(arm: Arm) -> str:

@@ -117,13 +117,14 @@ class Runner:
         reinitialise(model, seed)
         return model
 
-    def do(self, run: Run, seed: int, masked: MaskedTraining) -> dict[str, Any]:
+    def do(self, run: Run, seed: int, masked: MaskedTraining, *more: L.Callback) -> dict[str, Any]:
         """Fit, test the best and the last weights, write the record; a torn fit goes on from its checkpoint.
 
         Args:
             run: the run.
             seed: of the trial: initialisation and order of the data. Dropout and the like have seeds of the run.
             masked: the callback that applies the ticket.
+            *more: further callbacks of this run.
 
         Raises:
             ValueError: the model logs no `val/loss` or `test/acc`, or the best weights are not those of the curve.
@@ -142,7 +143,7 @@ class Runner:
             save_on_train_epoch_end=False,
         )
         resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
-        trainer = self._trainer(run, [masked, validate, SparsityMonitor(), curve, *self.callbacks, best, resume])
+        trainer = self._trainer(run, [masked, validate, SparsityMonitor(), curve, *more, *self.callbacks, best, resume])
         if trainer.logger:
             own = {"seed": seed, "trial": run.trial, "level": run.level, "arm": run.arm, "draw": run.draw}
             trainer.logger.log_hyperparams(self.config | own)

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_data import prepared
@@ -77,9 +76,3 @@ class Setting:
         with torch.no_grad(), self._trainer.precision_plugin.val_step_context():
             for images, *_ in self.training:
                 network(images)
-
-
-def weights_of(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's state dict, on the CPU."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

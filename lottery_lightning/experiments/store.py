@@ -23,7 +23,8 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
         ValueError: the folder belongs to another experiment; one line names the first key that differs.
     """
     path = run_dir / "config.yaml"
-    begun = [run_dir.glob(pattern) for pattern in ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json")]
+    kept = ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json", "*/*/points.jsonl")
+    begun = [run_dir.glob(pattern) for pattern in kept]
     if not any(map(any, begun)) and not any(map(_held, run_dir.rglob(".lock"))):  # nothing that this could spoil
         write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return
@@ -93,3 +94,24 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     table.writeheader()
     table.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+class PointFile:
+    """Lists of numbers, written as they are found, one a line; a last line that was torn is forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[list[float]]:
+        """The whole lines; the file holds these alone afterwards."""
+        if not self.path.exists():
+            return []
+        whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_atomically(self.path, "".join(whole).encode())
+        return [json.loads(line) for line in whole]
+
+    def append(self, numbers: Sequence[float]) -> None:
+        """One more line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(list(numbers)) + "\n")

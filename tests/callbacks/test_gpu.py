@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lottery_callbacks import ApplyTicket, EdgePopup, IterativeMagnitudePruning, Ticket
+from lottery_callbacks import ApplyTicket, EdgePopup, IterativeMagnitudePruning, LinearModeConnectivity, Ticket
 from lottery_lightning.data import Digits
 from lottery_lightning.networks import Dense
 from lottery_lightning.tasks import ImageClassifier
@@ -68,3 +68,24 @@ def test_edge_popup_keeps_exact_counts_of_unchanged_weights(tmp_path, precision,
     assert sum(int(mask.sum()) for mask in popup.masks.values()) == 64 * 50 + 500 - round(0.7 * (64 * 50 + 500))
     for name, mask in popup.masks.items():
         assert torch.equal(weights[name], popup.fixed[name] * mask)
+
+
+@pytest.mark.parametrize("norms", ["average", "reestimate"])
+def test_lines_are_evaluated_on_the_gpu_and_weights_end_as_without_them(tmp_path, norms):
+    devices = set()
+
+    def loss(module, batch):
+        devices.update({batch[0].device.type, next(module.parameters()).device.type})
+        return nn.functional.cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+    bare = fit(L.Callback(), tmp_path)
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in bare.items()}, tmp_path / "zeros.pt")
+    lines = []
+    for own in (None, loss):
+        callback = LinearModeConnectivity([tmp_path / "zeros.pt"], False, points=3, norms=norms, loss=own)
+        watched = fit(callback, tmp_path)
+        assert all(torch.equal(bare[name], watched[name]) for name in bare)
+        lines.append(callback.results["zeros"])
+    assert devices == {"cuda"}
+    assert lines[0].losses == lines[1].losses
+    assert lines[0].losses[2] == pytest.approx(2.302585, rel=1e-5)  # of equal logits in 10 classes

@@ -176,16 +176,16 @@ def test_each_level_is_compared_with_the_one_before(levels):
 
 def test_the_ends_are_the_ordinary_validation_of_the_fit(tmp_path):
     first = tmp_path / "first.ckpt"
-    accuracies = []
+    losses = []
     for path in ([], [first]):
         callback = lmc(to=path, previous=False)
         module = seeded(len(path), Net)
         trainer = quiet(tmp_path, [callback], **STEPS)
         trainer.fit(module, Blobs())
-        accuracies.append(float(trainer.callback_metrics["val/loss"]))
+        losses.append(float(trainer.callback_metrics["val/loss"]))
         trainer.save_checkpoint(first)
     line = callback.results["first"]
-    assert (line.losses[-1], line.losses[0]) == pytest.approx(accuracies, rel=1e-6)
+    assert (line.losses[-1], line.losses[0]) == pytest.approx(losses, rel=1e-6)
 
 
 def test_the_line_stays_inside_the_mask_of_the_level_before(levels):
@@ -391,61 +391,3 @@ def test_compiled_networks_have_the_lines_of_plain_ones(tmp_path):
     torch.compiler.reset()
     assert results[0] == results[1]
     assert results[0]
-
-
-# ---- what is refused
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"points": 1}, "1 points make no line: choose 2 or more"),
-        ({"norms": "mean"}, "norms='mean' is not known: choose one of average, reestimate"),
-        ({"to": "a.ckpt"}, "to='a.ckpt' is one path: give a list of them, or a dict by name"),
-        ({"to": ["a/last.ckpt", "b/last.ckpt"]}, "two checkpoints have files of one name: give a dict of names"),
-        ({"to": ["previous.ckpt"]}, "a checkpoint is named 'previous', as is the level before"),
-    ],
-)
-def test_what_makes_no_line_is_refused_at_once(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LinearModeConnectivity(**arguments)
-
-
-def other_architecture(path):
-    torch.save(Net((6, 13, 5)).state_dict(), path)
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: None, r"one\.ckpt is missing or no checkpoint \(.*\): give one of torch or Lightning$"),
-        (lambda path: path.write_bytes(b"torn"), r"one\.ckpt is missing or no checkpoint \(.*\): give one of torch or"),
-        (lambda path: torch.save(torch.ones(2), path), r"one\.ckpt holds a Tensor: give a state dict, or a checkpoint"),
-        (other_architecture, r"line to 'one': net\.1\.weight is \(12, 6\) in the first network and \(13, 6\) in the s"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_compared_is_refused_before_the_first_step(tmp_path, write, message):
-    write(tmp_path / "one.ckpt")
-    module = seeded(0, Net)
-    before = bits(module)
-    with pytest.raises(ValueError, match=message):
-        quiet(tmp_path, [lmc(to=[tmp_path / "one.ckpt"])], **STEPS).fit(module, Blobs())
-    assert bits(module) == before
-
-
-def test_a_module_without_forward_and_data_that_are_none_are_refused_before_the_first_step(tmp_path):
-    def refused(message, callback, *data, **options):
-        with pytest.raises(ValueError, match=message):
-            quiet(tmp_path, [callback], **STEPS | options).fit(Net(), *data)
-
-    refused("Net has no forward: name the submodule that maps inputs to logits in network", lmc(network=None), Blobs())
-    refused("on validation data, and there are none: give the fit some", lmc(), Blobs(), limit_val_batches=0)
-    data = Blobs()
-    data.setup("fit")
-    train = DataLoader(TensorDataset(*data.splits["train"]), 7)
-    several = {"a": train, "b": train}
-    refused("needs one training loader, and there are several", lmc(norms="reestimate"), several, train)
-    soft = DataLoader(TensorDataset(torch.ones(8, 6), torch.ones(8, 5)), 4)
-    refused(
-        r"batches are no \(inputs, class labels\): give LinearModeConne", lmc(), train, soft, num_sanity_val_steps=1
-    )

@@ -193,6 +193,9 @@ def patched():
 @pytest.mark.parametrize(
     ("network", "message"),
     [
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool3d(1)), r"1 \(MaxPool3d\) .*not known"),
+        (nn.Sequential(nn.Conv1d(3, 4, 1), nn.AvgPool2d(1)), r"1 \(AvgPool2d\) .*not known"),
+        (nn.Sequential(nn.Conv1d(3, 4, 1), nn.ZeroPad2d(1)), r"1 \(ZeroPad2d\) .*not known"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), r"1 \(GroupNorm\) .*2 groups of channels"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2)), r"1 \(Conv2d\) .*2 groups of channels"),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm([5, 5])), r"1 \(LayerNorm\) .*more than features"),
@@ -244,6 +247,51 @@ def test_an_example_proves_the_groups_and_leaves_the_network_as_it_is():
         check_groups(right, {"one": groups["0"][:-1]}, values)
     with pytest.raises(ValueError, match="cannot run on the example in float64"):
         check_groups(right, groups, values[:, :3])
+
+
+class Tokens(nn.Module):
+    """Batch norm of as many tokens as there are features."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, values):
+        return self.last(self.norm(self.first(values)).relu())
+
+
+class Pixels(nn.Module):
+    """Takes pixels for examples."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.first, self.last = width, nn.Conv2d(3, 4, 3), nn.Linear(width, 2)
+
+    def forward(self, images):
+        return self.last(self.first(images).view(-1, self.width))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Tokens, (6, 5)), (lambda: Pixels(4), (3, 4, 4))])
+def test_what_sizes_alone_do_not_tell_an_example_does_also_before_training(make, shape):
+    network, example = make(), torch.rand(3, *shape, generator=generator())
+    before = deepcopy(network.state_dict())
+    permutation_groups(network)
+    with pytest.raises(ValueError, match="these groups are no symmetry of"):
+        permutation_groups(network, example=example)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_compiled_networks_groups_are_proven_by_the_names_within():
+    groups = permutation_groups(network := nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    check_groups(torch.compile(network), groups, torch.rand(3, 6, generator=generator()))
+
+
+@pytest.mark.parametrize(("conv", "pool", "shape"), [("1d", "1d", (9,)), ("2d", "2d", (9, 9)), ("3d", "3d", (9, 9, 9))])
+def test_pools_of_the_values_own_rank_pass_units_on(conv, pool, shape):
+    convolution, average = getattr(nn, f"Conv{conv}"), getattr(nn, f"AvgPool{pool}")
+    network = nn.Sequential(convolution(2, 4, 3), average(2), nn.Upsample(scale_factor=2), convolution(4, 2, 1))
+    groups = permutation_groups(network, example=torch.rand(1, 2, *shape, generator=generator()))
+    assert widths(groups, network.state_dict()) == {"0": 4}
 
 
 def test_masks_move_with_their_weights():

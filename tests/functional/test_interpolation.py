@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lottery_callbacks.functional.evaluation import Metrics, classification, evaluate_on
+from lottery_callbacks.functional.evaluation import Metrics, evaluate_on
 from lottery_callbacks.functional.interpolation import Line, along, even, interpolate
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
@@ -316,47 +316,39 @@ def test_states_of_another_network_are_refused_by_name():
         along(network(3), *states(norm=False), evaluate_on(data()))
 
 
-# ---- evaluations
-
-
-def test_an_evaluation_is_the_mean_over_all_examples_in_eval_mode():
-    one, batches = network(3), data()
-    found = evaluate_on(batches)(one)
-    assert one.training
-    inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    with torch.no_grad():
-        logits = one.eval()(inputs)
-    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
-    assert found.error == float((logits.argmax(1) != labels).double().mean())
-    assert 0 < found.error < 1
-
-
-def test_a_loss_of_ones_own_may_know_of_no_error():
-    def squares(one, inputs):
-        assert not torch.is_grad_enabled()
-        return one(inputs).square().mean(1)
-
-    found = evaluate_on([inputs for inputs, _ in data()], squares)(network(3))
-    assert found.loss > 0
-    assert math.isnan(found.error)
-
-
-def test_the_sums_of_several_processes_are_added_up():
-    one, batches = network(3), data()
-    others = []
-    evaluate_on(batches[1:], reduce=lambda sums: others.append(sums) or sums)(one)
-    assert evaluate_on(batches[:1], reduce=lambda sums: sums + others[0])(one) == pytest.approx(
-        evaluate_on(batches)(one), rel=1e-12
-    )
-
-
 def test_batches_that_can_be_read_once_are_refused_at_the_second_point():
     with pytest.raises(ValueError, match="no example to evaluate on: give a loader or a list, which can be read again"):
         along(network(3), *states(), evaluate_on(iter(data())))
 
 
-def test_logits_of_low_precision_are_evaluated_in_float32():
-    one, (inputs, labels) = network(3).bfloat16().eval(), data()[0]
-    losses, wrong = classification(one, (inputs.bfloat16(), labels))
-    assert losses.dtype == torch.float32
-    assert losses.shape == wrong.shape == labels.shape
+class Told(nn.Linear):
+    """Has an extra state, which is no tensor."""
+
+    def get_extra_state(self):
+        return {"told": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_extra_state_is_not_read():
+    first, second = Told(6, 3), Told(6, 3)
+    assert "_extra_state" in first.state_dict()
+    line = along(Told(6, 3), first.state_dict(), second.state_dict(), evaluate_on(data()), 3)
+    assert (line.losses[0], line.losses[2]) == (evaluate_on(data())(first).loss, evaluate_on(data())(second).loss)
+
+
+@pytest.mark.parametrize(("norms", "reestimate"), [("average", None), ("reestimate", lambda one: 1 / 0)])
+def test_statistics_of_instance_norm_are_averaged_and_recorded_so(norms, reestimate):
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    ends = [{name: tensor + 0.5 + place for name, tensor in norm.state_dict().items()} for place in range(2)]
+    seen = []
+    line = along(norm, *ends, lambda one: seen.append(one.running_var.clone()) or Metrics(0.0), 3, norms, reestimate)
+    assert line.norms == "average"
+    assert torch.equal(seen[1], torch.full((2,), 2.0))
+
+
+def test_a_network_that_cannot_be_put_back_is_refused_before_anything_is_put_in():
+    scripted = torch.jit.script(network(3))
+    with pytest.raises(ValueError, match="the network is scripted"):
+        along(scripted, *states(), lambda one: 1 / 0)

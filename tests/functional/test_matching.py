@@ -71,6 +71,18 @@ def test_of_two_networks_the_second_comes_nearer_and_computes_the_same(case):
     assert same(align(network, aligned, aligned), aligned)
 
 
+def test_an_example_proves_the_groups_found_or_given_and_extra_state_stays():
+    (network, first), (_, second) = drawn(lambda: Dense([4, 3, 2])), drawn(lambda: Dense([4, 3, 2]), seed=1)
+    images, told = torch.rand(2, 4, generator=generator()), {"_extra_state": {"told": 1}}
+    aligned = align(network, first | told, second | told, example=images)
+    assert aligned.pop("_extra_state") == {"told": 1}
+    assert same(aligned, align(network, first, second))
+    wrong = {"hidden.0": [("hidden.0.weight", 0), ("output.weight", 1)]}
+    with pytest.raises(ValueError, match="these groups are no symmetry of Dense"):
+        align(network, first, second, wrong, images)
+    align(network, first, second, wrong)  # at one's own risk
+
+
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=5), st.integers(0, 99), st.floats(0, 1))
 def test_alignment_never_moves_the_second_network_away(sizes, seed, nearness):
     (network, first), (_, other) = drawn(lambda: Dense(sizes), seed), drawn(lambda: Dense(sizes), seed + 100)

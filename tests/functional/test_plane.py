@@ -115,3 +115,10 @@ def test_another_architecture_is_refused_by_name():
     other = drawn(2) | {"bias": torch.zeros(6)}
     with pytest.raises(ValueError, match=r"bias is \(5,\) in the first network and \(6,\) in the second"):
         plane(drawn(0), drawn(1), other)
+
+
+def test_a_network_that_has_diverged_is_named_as_such():
+    first, second, third = ({"w": torch.randn(3, generator=torch.Generator().manual_seed(seed))} for seed in range(3))
+    second["w"][1] = float("nan")
+    with pytest.raises(ValueError, match="a network's weights are not finite: did the training diverge"):
+        plane(first, second, third)

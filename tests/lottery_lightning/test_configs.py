@@ -13,6 +13,14 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 
 SMALL = {  # what makes an experiment short
     "edge-popup": ["--trials", "1", "--training.max_steps", "2", "--sparsities", "[0.5]"],
+    "geometry": [
+        *("--trials", "1", "--batches", "1", "--views.points", "2"),
+        *("--spectra.draws", "1", "--spectra.spectrum_draws", "1", "--spectra.steps", "2"),
+    ],
+    "heavy-tails": [
+        *("--trials", "1", "--alphas", "[null, 1.75]", "--compression.ratios", "[0.5]"),
+        *("--training.max_steps", "2", "--training.val_every", "2it"),
+    ],
     "instability": [
         *("--trials", "1", "--copies", "2", "--at", "[0it, 1it]", "--lines.points", "3"),
         *("--training.max_steps", "2", "--training.val_every", "2it"),
@@ -51,7 +59,26 @@ def files(tmp_path_factory):
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
         arrays |= {f"x_{split}": draw.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8), f"y_{split}": labels}
     np.savez(folder / "cifar10.npz", **arrays)
+    beats = draw.standard_normal((200, 140)).astype(np.float32)
+    np.savez(folder / "ecg5000_train.npz", x=beats, y=draw.integers(0, 5, 200))
     return folder
+
+
+def finished_runs(content, files):
+    """Do the experiments whose runs a geometry measures, in a few steps; those of its planes that are there then."""
+    planes = content["planes"]
+    named = [*content["networks"].values(), *(folder for own in planes.values() for folder in own)]
+    folders = {folder.split("/trial_")[0] for folder in named}
+    for path in CONFIGS:
+        ((command, given),) = yaml.safe_load(path.read_text()).items()
+        if given.get("run_dir") in folders:
+            small = ["--trials", "1", "--training.max_steps", "2", "--training.val_every", "2it"]
+            small += ["--data.init_args.data_dir", str(files), "--data.init_args.val_size", "20"]
+            small += ["--at", "[0it]", "--lines.points", "2"] if command == "instability" else []
+            assert main([command, "--config", str(path), *small, "--data.init_args.batch_size", "4"]) == 0
+    there = {name: own for name, own in planes.items() if all(Path(one.format(trial=0)).exists() for one in own)}
+    assert there
+    return ["--planes", yaml.safe_dump(there)]
 
 
 def test_every_config_names_its_command():
@@ -63,7 +90,7 @@ def test_every_config_names_its_command():
 
 @pytest.mark.filterwarnings("error:one optimizer step a visit")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_runs(path, tmp_path, files):
+def test_config_runs(path, tmp_path, files, monkeypatch):
     (command,), (content,) = zip(*yaml.safe_load(path.read_text()).items(), strict=True)
     run = ["--config", str(path)]
     if "data_dir" in content.get("data", {}).get("init_args", {}):
@@ -79,7 +106,10 @@ def test_config_runs(path, tmp_path, files):
         expected = 2 + sum(content["controls"].values())
     elif command in EXPERIMENTS:
         run += ["--run_dir", str(tmp_path / "run"), *SMALL[command]]
-        if "widths: [784" in path.read_text():
+        if command == "geometry":
+            monkeypatch.chdir(tmp_path)
+            run += finished_runs(content, files)
+        elif "widths: [784" in path.read_text():
             run += ["--model.init_args.network.init_args.widths", "[784, 8, 10]"]
     else:
         run = [command, *run, "--trainer.fast_dev_run", "true", "--trainer.default_root_dir", str(tmp_path)]

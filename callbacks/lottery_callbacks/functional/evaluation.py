@@ -1,8 +1,8 @@
-"""Loss and error of a network on given data, and a place in which to change it and put it back."""
+"""Loss and error of a network on given data."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,22 @@ Evaluate = Callable[[nn.Module], Metrics]
 
 
 def classification(network: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each example of a batch (inputs, class labels), and whether the highest logit is another's."""
-    device = next(network.parameters()).device
+    """Cross-entropy of each example of a batch (inputs, class labels), and whether the highest logit is another's.
+
+    Computed in float32 at least, on the network's device.
+
+    Raises:
+        ValueError: the batch is no such pair, or the network gives no tensor.
+    """
+    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    if not pair or batch[1].dtype != torch.int64:
+        raise ValueError("the batches are no (inputs, class labels): give a loss that treats them")
+    device = next(chain(network.parameters(), network.buffers()), batch[0]).device
     inputs, labels = (tensor.to(device) for tensor in batch)
     logits = network(inputs)
+    if not isinstance(logits, Tensor):
+        mend = "name the submodule that gives logits, or give a loss that treats it"
+        raise ValueError(f"{type(network).__name__} gives a {type(logits).__name__} and no tensor: {mend}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) != labels
 
@@ -60,27 +72,3 @@ def evaluate_on(
         return Metrics(losses / count, wrong / count)
 
     return evaluate
-
-
-@contextmanager
-def preserved(network: nn.Module) -> Iterator[None]:
-    """A block that may change the network's weights, buffers, modes and gradients: they are back after it, to the bit.
-
-    Gradients are out of the way in it. Memory: one copy of the network.
-    """
-    values = [(tensor, tensor.detach().clone()) for tensor in (*network.parameters(), *network.buffers())]
-    parts = [(part, dict(part._buffers), part.training) for part in network.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for part, buffers, training in parts:
-            part._buffers.update(buffers)
-            part.training = training
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

@@ -5,20 +5,15 @@ makes one. Surfaces through three or four networks are in `plane`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lottery_callbacks.functional.evaluation import Evaluate, preserved
-from lottery_callbacks.functional.modes import evaluating
-
-State = Mapping[str, Tensor]
-Norms = Literal["average", "reestimate"]
+from lottery_callbacks.functional.evaluation import Evaluate
+from lottery_callbacks.functional.in_place import State, apart, load, preserved, same_draws, tensors_of
+from lottery_callbacks.functional.running_statistics import Norms, estimate_anew, treatment
 
 
 def interpolate(first: State, second: State, t: float) -> dict[str, Tensor]:
@@ -76,8 +71,8 @@ class Line:
         t: the grid.
         losses: L(t).
         errors: E(t) = 1 - accuracy, in [0, 1]; NaN where there is no accuracy.
-        norms: the statistics of batch norm inside (0, 1): "average" (interpolated as weights are), "reestimate", or
-            "none" for a network without them.
+        norms: running statistics inside (0, 1): "average" (interpolated as weights are), "reestimate" (those of batch
+            norm), or "none" for a network without them.
     """
 
     t: tuple[float, ...]
@@ -138,9 +133,9 @@ def along(
     """Evaluates the networks on the line from `first` (t = 0) to `second` (t = 1), one after the other in `network`.
 
     At the ends `evaluate` sees the two networks bit for bit. With norms="reestimate" the running statistics of batch
-    norm are reset inside (0, 1), and become the means over the batches that `reestimate(network)` runs through the
-    network: batch norm alone is in train mode, with momentum None, each batch counts the same, nothing is
-    differentiated. The ends keep their own statistics, so that a network and itself may have a barrier then.
+    norm become, inside (0, 1), the means over the batches that `reestimate(network)` runs through the network
+    (`running_statistics.estimate_anew`); those of instance norm are interpolated all the same. The ends keep their own
+    statistics, so that a network and itself may have a barrier then.
 
     `network` is left as it was: weights, buffers, modes and gradients, and torch's random states of the CPU and of its
     devices. Each t begins from the same random states. Memory: one copy of the network, another where an end is its own
@@ -148,7 +143,7 @@ def along(
 
     Args:
         network: of the architecture of both.
-        first: its state at t = 0, by the names of its `state_dict`.
+        first: its state at t = 0, by the names of its `state_dict`; what is no tensor (extra state) is not read.
         second: its state at t = 1.
         evaluate: gives the `Metrics` of the network, as `evaluate_on` does.
         ts: so many even points, 30 in arXiv 1912.05671; or the points themselves, rising from 0 to 1.
@@ -156,71 +151,24 @@ def along(
         reestimate: runs the network over training inputs.
 
     Raises:
-        ValueError: names or shapes differ; the points do not rise from 0 to 1; `reestimate` is missing or idle.
+        ValueError: names or shapes differ; the points do not rise from 0 to 1; `reestimate` is missing or idle; the
+            network cannot be put back (`in_place.preserved`).
     """
     grid = even(ts) if isinstance(ts, int) else tuple(ts)
     if (*grid[:1], *grid[-1:]) != (0, 1) or sorted(set(grid)) != list(grid):
         raise ValueError(f"the points {grid} do not rise from 0 to 1: give 0, points between, and 1")
     if norms not in ("average", "reestimate") or (norms == "reestimate" and reestimate is None):
         raise ValueError(f"norms={norms!r}: choose 'average', or 'reestimate' with a function that runs the network")
-    require_same_tensors(_tensors(network), first)
-    recorded = norms if batch_norms(network) else "none"
-    first, second = _apart(first, network), _apart(second, network)
+    first, second = apart(first, network), apart(second, network)
+    require_same_tensors(tensors_of(network), first)
+    recorded = treatment(network, norms)
     found = []
     with preserved(network):
         for t in grid:
             load(network, interpolate(first, second, t))
-            with _same_draws(network):
+            with same_draws(network):
                 if recorded == "reestimate" and 0 < t < 1 and reestimate:
-                    _reestimate(network, reestimate)
-            with _same_draws(network):
+                    estimate_anew(network, reestimate)
+            with same_draws(network):
                 found.append(evaluate(network))
     return Line(grid, tuple(one.loss for one in found), tuple(one.error for one in found), recorded)
-
-
-def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The batch norm layers that keep running statistics."""
-    return [part for part in network.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What a state dict holds, itself; extra states that are no tensors stay as they are."""
-    return {name: value for name, value in network.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-
-
-def _apart(state: State, network: nn.Module) -> State:
-    """`state` with copies of what lies in the network's own memory: it may be the network's own state dict."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(network).values()}
-    return {n: t.detach().clone() if t.untyped_storage().data_ptr() in own else t for n, t in state.items()}
-
-
-@torch.no_grad()
-def load(network: nn.Module, state: State) -> None:
-    """Copy `state` into the network's parameters and buffers, in place."""
-    for name, tensor in _tensors(network).items():
-        tensor.copy_(state[name])
-
-
-@torch.no_grad()
-def _reestimate(network: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    norms = batch_norms(network)
-    momenta = [norm.momentum for norm in norms]
-    with evaluating(network):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        try:
-            run(network)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum, norm.training = momentum, False
-    if not any(norm.num_batches_tracked for norm in norms):
-        raise ValueError("reestimate ran no batch through the batch norm layers: run the network over training inputs")
-
-
-@contextmanager
-def _same_draws(network: nn.Module) -> Iterator[None]:
-    """A block that may draw: the generators of torch for the CPU and the network's devices are put back after it."""
-    devices = {tensor.device for tensor in network.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield

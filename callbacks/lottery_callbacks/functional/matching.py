@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_callbacks.functional.hidden_units import STATISTICS, permutation_groups
+from lottery_callbacks.functional.hidden_units import check_groups, permutation_groups
 from lottery_callbacks.functional.permutations import (
     Axis,
     Groups,
@@ -22,19 +22,28 @@ from lottery_callbacks.functional.permutations import (
     reordered,
     widths,
 )
+from lottery_callbacks.functional.unit_flow import STATISTICS
 
 
-def align(network: nn.Module, first: State, second: State, groups: Groups | None = None, **options: Any) -> State:
+def align(
+    network: nn.Module, first: State, second: State, groups: Groups | None = None, example: Any = None, **options: Any
+) -> State:
     """`second` with its hidden units in the order that is nearest to `first`; it computes what `second` does.
 
     Args:
-        network: of the architecture of both; its own weights are not read.
+        network: of the architecture of both; its own weights are not read, but for an example.
         first: state dict that stays, with the names of `network` (those within, if it is of torch.compile).
         second: state dict that is permuted; a new dict, in which tensors without hidden units are the same objects.
         groups: by hand; see `permutation_groups`, which finds them else.
+        example: an input; the groups are then proven on it by `check_groups`.
         options: of `match_weights`.
+
+    Raises:
+        ValueError: of `permutation_groups`, `check_groups` and `match_weights`.
     """
     groups = permutation_groups(network) if groups is None else groups
+    if example is not None:
+        check_groups(network, groups, example)
     return permuted(second, groups, match_weights(groups, first, second, **options))
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +39,10 @@ class Plane:
         states: the networks.
         basis: lower triangular 2 x 2, float64: (x, y) = (a, b) @ basis.
         height: |R|, how far each of four lies from the plane of M, A and B, an L2 distance; 0 for three.
+        unit: of x and y.
     """
 
+    unit: ClassVar[str] = "L2 distance"
     states: tuple[State, ...]
     basis: Tensor
     height: float = 0.0
@@ -74,13 +77,16 @@ def plane(first: State, second: State, third: State, fourth: State | None = None
     """The `Plane` through three or four networks; cost: some passes over their weights, in float64 on the CPU.
 
     Raises:
-        ValueError: names or shapes differ; the networks lie on one line.
+        ValueError: names or shapes differ; the networks lie on one line; a weight is not finite.
     """
-    states = (first, second, third) if fourth is None else (first, second, third, fourth)
+    given = (first, second, third) if fourth is None else (first, second, third, fourth)
+    states = tuple({name: value for name, value in state.items() if isinstance(value, Tensor)} for state in given)
     for other in states[1:]:
         require_same_tensors(first, other)
     steps = STEPS[len(states)][:, 1:]
     products = steps @ _products(states) @ steps.T
+    if not products.isfinite().all():
+        raise ValueError("a network's weights are not finite: did the training diverge?")
     basis, failed = torch.linalg.cholesky_ex(products[:2, :2])
     if failed or not basis[1, 1] > 1e-6 * basis[0, 0]:
         raise ValueError("the networks lie on one line, or two are the same: give three or four that span a plane")
