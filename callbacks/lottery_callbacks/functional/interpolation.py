@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lottery_callbacks.functional.evaluation import Evaluate
+from lottery_callbacks.functional.evaluation import Evaluate, Metrics
 from lottery_callbacks.functional.in_place import State, apart, load, preserved, same_draws, tensors_of
 from lottery_callbacks.functional.running_statistics import Norms, estimate_anew, treatment
 
@@ -157,18 +157,38 @@ def along(
     grid = even(ts) if isinstance(ts, int) else tuple(ts)
     if (*grid[:1], *grid[-1:]) != (0, 1) or sorted(set(grid)) != list(grid):
         raise ValueError(f"the points {grid} do not rise from 0 to 1: give 0, points between, and 1")
-    if norms not in ("average", "reestimate") or (norms == "reestimate" and reestimate is None):
-        raise ValueError(f"norms={norms!r}: choose 'average', or 'reestimate' with a function that runs the network")
+    require_norms(norms, reestimate)
     first, second = apart(first, network), apart(second, network)
     require_same_tensors(tensors_of(network), first)
     recorded = treatment(network, norms)
     found = []
     with preserved(network):
         for t in grid:
-            load(network, interpolate(first, second, t))
-            with same_draws(network):
-                if recorded == "reestimate" and 0 < t < 1 and reestimate:
-                    estimate_anew(network, reestimate)
-            with same_draws(network):
-                found.append(evaluate(network))
+            anew = reestimate if recorded == "reestimate" and 0 < t < 1 else None
+            found.append(evaluate_at(network, interpolate(first, second, t), evaluate, anew))
     return Line(grid, tuple(one.loss for one in found), tuple(one.error for one in found), recorded)
+
+
+def require_norms(norms: str, reestimate: Callable[[nn.Module], object] | None) -> None:
+    """Refuse what `along` cannot do with norms.
+
+    Raises:
+        ValueError: `norms` is not known, or "reestimate" without a function that runs the network.
+    """
+    if norms not in ("average", "reestimate") or (norms == "reestimate" and reestimate is None):
+        raise ValueError(f"norms={norms!r}: choose 'average', or 'reestimate' with a function that runs the network")
+
+
+def evaluate_at(
+    network: nn.Module, state: State, evaluate: Evaluate, reestimate: Callable[[nn.Module], object] | None = None
+) -> Metrics:
+    """The `Metrics` of `state`, which stays in the network; with `reestimate` batch norm's statistics are made anew.
+
+    Torch's random states are left as they were, and what is drawn is the same at every call.
+    """
+    load(network, state)
+    if reestimate is not None:
+        with same_draws(network):
+            estimate_anew(network, reestimate)
+    with same_draws(network):
+        return evaluate(network)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import nn
 
 from lottery_callbacks.functional.evaluation import Evaluate
-from lottery_callbacks.functional.in_place import apart, load, preserved, same_draws, tensors_of
-from lottery_callbacks.functional.interpolation import even, require_same_tensors
+from lottery_callbacks.functional.in_place import apart, preserved, tensors_of
+from lottery_callbacks.functional.interpolation import evaluate_at, even, require_norms, require_same_tensors
 from lottery_callbacks.functional.plane import Plane
 from lottery_callbacks.functional.random_plane import RandomPlane
-from lottery_callbacks.functional.running_statistics import Norms, estimate_anew, treatment
+from lottery_callbacks.functional.running_statistics import Norms, treatment
 
 Grid = tuple[Sequence[float], Sequence[float]]
 
@@ -115,8 +115,7 @@ def surface(
     for axis in (xs, ys):
         if len(axis) < 2 or sorted(set(axis)) != list(axis):
             raise ValueError(f"the grid's {axis} do not rise: give two points or more of each axis, rising")
-    if norms not in ("average", "reestimate") or (norms == "reestimate" and reestimate is None):
-        raise ValueError(f"norms={norms!r}: choose 'average', or 'reestimate' with a function that runs the network")
+    require_norms(norms, reestimate)
     plane = replace(plane, states=tuple(apart(state, network) for state in plane.states))
     require_same_tensors(tensors_of(network), plane.states[0])
     recorded = treatment(network, norms)
@@ -126,12 +125,9 @@ def surface(
         raise ValueError("the finished points are not those of this plane and grid: give them in their order, or none")
     with preserved(network):
         for place, (x, y) in list(enumerate(places))[len(found) :]:
-            load(network, plane.states[place] if place < own else plane.at(x, y))
-            with same_draws(network):
-                if recorded == "reestimate" and place >= own and reestimate:
-                    estimate_anew(network, reestimate)
-            with same_draws(network):
-                found.append(Point(x, y, *evaluate(network)))
+            state = plane.states[place] if place < own else plane.at(x, y)
+            anew = reestimate if recorded == "reestimate" and place >= own else None
+            found.append(Point(x, y, *evaluate_at(network, state, evaluate, anew)))
             if tell is not None:
                 tell(found[-1], len(places) - len(found))
     rows = [found[start : start + len(xs)] for start in range(own, len(found), len(xs))]
