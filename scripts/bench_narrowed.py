@@ -20,10 +20,11 @@ import torch
 from bench_measuring import interleaved, repeated, say
 from bench_training import machine, quotients, rounded, spread
 
-from lottery_callbacks.functional.compressibility import compressed, hidden_weights
+from lottery_callbacks.functional.compressibility import compressed
 from lottery_callbacks.functional.in_place import load
 from lottery_callbacks.functional.narrowing import narrowed
 from lottery_lightning.cli import build
+from lottery_lightning.experiments.compression import compressible
 from lottery_lightning.experiments.finished import require_finished, weights_of
 from lottery_lightning.experiments.heavy_tails import Arm, HeavyTails
 from lottery_lightning.experiments.setting import Setting
@@ -39,7 +40,7 @@ def measure(experiment: HeavyTails, arm: Arm, rounds: int) -> Figures:
     model = setting.model
     load(model, weights_of(run.run_dir / "final.ckpt"))
     images = next(iter(setting.test_batches))[0]
-    chosen = hidden_weights(dict(model.named_parameters()), experiment.noise.first_convolution)
+    chosen = compressible(model, experiment.compression.output, experiment.noise.first_convolution)
     found = compressed(chosen, "column", budget=experiment.compression.budget)
     load(model, found.state({name: value.clone() for name, value in model.state_dict().items()}))
     cut = narrowed(model, found.masks, images[:2])

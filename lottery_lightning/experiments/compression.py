@@ -1,18 +1,21 @@
 """How far a finished network can be compressed, and what is left of its accuracy."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lottery_callbacks import Pruning
 from lottery_callbacks.functional.compressibility import By, Compressed, compressed, hidden_weights
 from lottery_callbacks.functional.interpolation import load
 from lottery_callbacks.functional.narrowing import narrowed
-from lottery_callbacks.functional.tail_index import centred, hill, log_moment
+from lottery_callbacks.functional.tail_index import Estimate, centred, hill, log_moment
 from lottery_lightning.experiments.setting import Setting
 
 Row = dict[str, Any]
+AT_BUDGET = tuple(f"{by}_{key}" for by in ("column", "magnitude", "singular") for key in ("ratio", "error", "acc"))
 SHORT = {"column": "column", "magnitude": "magnitude", "singular_value": "singular"}
 
 
@@ -33,21 +36,25 @@ def compression_of(
         columns of the first compressed layer; `tail_index` of its weights, by blocks, with its interval, and
         `hill_of_norms`, of its columns; see `functional.tail_index`;
         `parameters` and `narrowed`, of the whole network before and after its pruned columns are cut out (None where
-        it cannot be traced); `curves`.
+        it cannot be traced); `curves`. Of a network that has diverged all figures of compression are NaN, and there are
+        no curves.
     """
     model = setting.model
     state = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     parameters = dict(model.named_parameters())
-    weights = _chosen(parameters, output, first_convolution)
+    weights = compressible(model, output, first_convolution)
 
     def accuracy(found: Compressed) -> float:
         load(model, found.state(state))
         return 1 - setting.on_test(model).error
 
     first = next(iter(weights.values())).detach().flatten(1)
-    tail = log_moment(centred(first))
+    tail, norms = _estimated(log_moment, centred, first), _estimated(hill, lambda rows: rows.norm(dim=1), first)
     row: Row = {"test_acc": 1 - setting.on_test(model).error, "width": len(first), "tail_index": tail.alpha}
-    row |= {"tail_index_low": tail.low, "tail_index_high": tail.high, "hill_of_norms": hill(first.norm(dim=1)).alpha}
+    row |= {"tail_index_low": tail.low, "tail_index_high": tail.high, "hill_of_norms": norms.alpha}
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        size = sum(parameter.numel() for parameter in parameters.values())
+        return row | dict.fromkeys(AT_BUDGET, math.nan) | {"parameters": size, "narrowed": None, "curves": []}
     curves: list[Row] = []
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
     for by in get_args(By):
@@ -64,13 +71,26 @@ def compression_of(
     return row | _cut_out(setting, masks) | {"curves": curves}
 
 
-def _chosen(parameters: Mapping[str, Tensor], output: bool, first_convolution: bool) -> dict[str, Tensor]:
-    chosen = hidden_weights(parameters, first_convolution)
-    last = [name for name, weight in parameters.items() if weight.ndim >= 2][-1:]
-    chosen |= {name: parameters[name] for name in last if output}
+def compressible(model: nn.Module, output: bool, first_convolution: bool) -> dict[str, Tensor]:
+    """The weights that are compressed: those that noise is added to by default, and the last layer if asked.
+
+    Raises:
+        ValueError: there are none.
+    """
+    prunable = Pruning().prunable(model)
+    chosen = hidden_weights(prunable, first_convolution)
+    chosen |= {name: prunable[name] for name in list(prunable)[-1:] if output}
     if not chosen:
         raise ValueError("no layer is left to compress: the network has one weight matrix; set compression.output")
     return chosen
+
+
+def _estimated(estimator: Callable[[Tensor], Estimate], of: Callable[[Tensor], Tensor], weight: Tensor) -> Estimate:
+    """NaN where the weights are too few or not finite."""
+    try:
+        return estimator(of(weight))
+    except ValueError:
+        return Estimate(math.nan, math.nan, math.nan, 0)
 
 
 def _cut_out(setting: Setting, masks: Mapping[str, Tensor]) -> Row:

@@ -29,16 +29,20 @@ def masks_of(folder: Path) -> Masks:
     """The masks of a finished run, by parameter name: where its last weights are not 0.
 
     Pruned weights are exactly 0, so that these are the masks if they keep as many in each tensor as the run's record
-    says; that is checked.
+    says; that is checked. What the run keeps whole is kept, zeros too.
 
     Raises:
-        ValueError: a count is another: some kept weight is 0.
+        ValueError: a count is another: some kept weight of a pruned tensor is 0.
     """
     weights, kept = weights_of(folder / "final.ckpt"), read_json(folder / "result.json")["kept_per_layer"]
-    masks = {name: weights[name] != 0 for name in kept}
+    masks = {
+        name: torch.ones_like(weights[name], dtype=torch.bool) if count == weights[name].numel() else weights[name] != 0
+        for name, count in kept.items()
+    }
     for name, count in kept.items():
         if (found := int(masks[name].sum())) != count:
             raise ValueError(
-                f"{folder}: {found} weights of {name} are not 0, and the run keeps {count}: its mask is not seen"
+                f"{folder}: {found} weights of {name} are not 0, and the run keeps {count}, so that its mask cannot be "
+                "seen: leave this network out"
             )
     return masks

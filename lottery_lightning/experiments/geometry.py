@@ -11,7 +11,8 @@ import lightning.pytorch as L
 import torch
 
 from lottery_callbacks.functional.curvature import require_curvlinops
-from lottery_lightning.experiments.finished import require_finished
+from lottery_callbacks.functional.interpolation import require_same_tensors
+from lottery_lightning.experiments.finished import masks_of, require_finished, weights_of
 from lottery_lightning.experiments.geometry_measures import Row, Spectra, Tell, Views, around, curvature_of, through
 from lottery_lightning.experiments.geometry_report import report
 from lottery_lightning.experiments.runs import Run, Training, quick_collection, stable_seed
@@ -41,15 +42,15 @@ class Geometry:
     Of each network the Hessian (or GGN) of the mean training loss on its kept weights, in eval mode: diagonal with
     standard errors, trace, extreme eigenvalues and spectral density, see `functional.spectrum`; and the loss on a
     random filter-normalised plane, see `functional.random_plane`. Of each of `planes` the loss on the plane through its
-    three or four networks. All on the same training batches, in the order of the trial's seed. Curvature is computed in
-    float32 whatever the runs' precision, planes in that precision.
+    three or four networks. All on the same training batches, in the order of the trial's seed. Planes are computed in
+    the runs' precision, curvature in that of the weights: without autocast.
 
     What is done is skipped on a rerun, and a torn surface goes on at its next point; a second process with the same
     command shares the trials. At the end: table, results.csv (a row a network and trial), planes.csv, figures, one
     sentence of finding, one line of JSON.
 
     Cost of a network: `draws + spectrum_draws * steps` and about 100 more products, each of about four evaluations of
-    the batches; of a plane points^2 evaluations. The bar shows the time left.
+    the batches; of a plane points^2 evaluations. The time is told before, and the bar shows what is left.
 
     Args:
         model: the LightningModule of the runs, whose forward maps inputs to logits.
@@ -98,12 +99,26 @@ class Geometry:
         self.networks, self.planes, self.trials = networks, planes or {}, trials
         self.batches, self.spectra, self.views, self.training = batches, spectra, views, training
         self.seed = seed
+        if spectra and training.trainer.get("precision") in ("bf16-true", "16-true", "bf16", "16"):
+            raise ValueError(
+                "training.trainer.precision is too coarse for second derivatives: leave it, or spectra=null"
+            )
         for trial in range(trials):
             for folder in (*networks.values(), *(folder for some in self.planes.values() for folder in some)):
-                require_finished(_of_trial(folder, trial))
+                self._check(_of_trial(folder, trial), folder in networks.values())
         plans = [task.run.run_dir for task in self.plan(0)]
         if len(set(plans)) < len(plans) or not plans:
             raise ValueError("networks, planes: two names share a folder, or nothing is to be measured")
+
+    def _check(self, folder: Path, masked: bool) -> None:
+        """Refuse before the first measurement what would be refused after some."""
+        require_finished(folder)
+        try:
+            require_same_tensors(dict(self.model.state_dict()), weights_of(folder / "final.ckpt"))
+        except ValueError as error:
+            raise ValueError(f"{folder} is of another architecture: {error}") from error
+        if masked:
+            masks_of(folder)
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
@@ -153,6 +168,8 @@ class Geometry:
                 if setting is None:  # data are read where something is left to measure
                     model = copy.deepcopy(self.model)
                     setting = Setting(model, self.data, self.training, self.seed + trial, self.batches)
+                    left = sum(task.passes for task in plan if task.run.record is None)
+                    progress.console.print(_told(setting, left, self.batches), soft_wrap=True)
                 began = time.perf_counter()
                 found = task.measure(setting, PointFile(run.run_dir / "points.jsonl"), progress.tell)
                 write_json(run.run_dir / "result.json", {"what": task.what} | found)
@@ -161,8 +178,18 @@ class Geometry:
                 progress.finish(None)
 
 
+def _told(setting: Setting, passes: int, batches: int) -> str:
+    """How long so many passes will take, after one; and how many batches there are, where these are fewer."""
+    began = time.perf_counter()
+    setting.on_training(setting.model)
+    minutes = (time.perf_counter() - began) * passes / 60
+    read = len(setting.training)
+    fewer = f", of {read} batches, fewer than the {batches} asked for" if read < batches else f", of {read} batches"
+    return f"about {passes:,} passes{fewer}: about {minutes:,.0f} min"
+
+
 def _of_trial(path: str, trial: int) -> Path:
     try:
         return Path(path.format(trial=trial))
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} names {error}, and only {{trial}} is known") from error

@@ -24,6 +24,10 @@ from lottery_lightning.experiments.store import PointFile
 Row = dict[str, Any]
 Tell = Callable[[int, int], object]
 LANCZOS = 100  # products that the extreme eigenvalues take: about
+FIGURES = (
+    "coordinates", "examples", "products", "trace", "trace_error", "diagonal_mean", "diagonal_draws", "diagonal_error",
+    "diagonal_median", "diagonal_95", "diagonal_99", "largest", "smallest",
+)  # fmt: skip
 EDGES = torch.arange(-10, 4.01, 0.2, dtype=torch.float64)  # of the diagonal's histogram, in powers of 10
 
 
@@ -90,42 +94,29 @@ class _Watched:
 
 
 def curvature_of(setting: Setting, folder: Path, spectra: Spectra, seed: int, tell: Tell) -> Row:
-    """Diagonal, trace, extreme eigenvalues and spectral density at a run's last weights, on those that it keeps."""
+    """Diagonal, trace, extreme eigenvalues and spectral density at a run's last weights, on those that it keeps.
+
+    Where the run has diverged all figures are NaN, and there is neither histogram nor spectrum.
+    """
     load(setting.model, weights_of(folder / "final.ckpt"))
     masks = masks_of(folder)
+    loss, error = setting.on_training(setting.model)
+    row: Row = {"kind": spectra.kind, "density": M.density(masks), "loss": loss, "error": error}
+    if not math.isfinite(loss):
+        return row | dict.fromkeys(FIGURES, math.nan) | {"histogram": None, "spectrum": None}
     matrix = Curvature(setting.model, setting.training, kind=spectra.kind, masks=masks)
     watched, generator = _Watched(matrix, tell, spectra.products), torch.Generator().manual_seed(seed)
     found = diagonal(watched, generator, spectra.draws)
     ends = extremes(watched, generator)
     density = spectrum(watched, generator, spectra.spectrum_draws, spectra.steps)
-    loss, error = setting.on_training(setting.model)
-    trace = found.trace()
-    quantiles = torch.quantile(
-        found.values[:: math.ceil(len(found.values) / 1e7)].abs(), torch.tensor([0.5, 0.95, 0.99]).double()
-    )
-    negative = float((density.weights * (density.nodes < 0)).sum() / density.weights.sum())
-    return {
-        "kind": spectra.kind,
-        "density": M.density(masks),
-        "coordinates": matrix.shape[0],
-        "examples": int(matrix.examples),
-        "products": matrix.products,
-        "loss": loss,
-        "error": error,
-        "trace": trace.value,
-        "trace_error": trace.error,
-        "diagonal_mean": trace.value / matrix.shape[0],
-        "diagonal_draws": spectra.draws,
-        "diagonal_error": float(found.errors.median()),
-        "diagonal_median": float(quantiles[0]),
-        "diagonal_95": float(quantiles[1]),
-        "diagonal_99": float(quantiles[2]),
-        "largest": float(ends.largest[0]),
-        "smallest": float(ends.smallest[0]),
-        "negative": negative,
-        "histogram": _histogram(found.values),
-        "spectrum": {"grid": density.grid.tolist(), "values": density.values.tolist(), "width": density.width},
-    }
+    trace, values = found.trace(), found.values.cpu()
+    sizes = values[:: math.ceil(len(values) / 1e7)].abs()
+    median, high, highest = torch.quantile(sizes, torch.tensor([0.5, 0.95, 0.99], dtype=sizes.dtype)).tolist()
+    own = (matrix.shape[0], int(matrix.examples), matrix.products, trace.value, trace.error)
+    own += (trace.value / matrix.shape[0], spectra.draws, float(found.errors.median()), median, high, highest)
+    row |= dict(zip(FIGURES, (*own, float(ends.largest[0]), float(ends.smallest[0])), strict=True))
+    lines = {"grid": density.grid.tolist(), "values": density.values.tolist(), "width": density.width}
+    return row | {"histogram": _histogram(values), "spectrum": lines}
 
 
 def _histogram(values: Tensor) -> dict[str, list[float]]:
@@ -162,12 +153,14 @@ def _evaluated(setting: Setting, on: Plane | RandomPlane, views: Views, kept: Po
 
 
 def summary(found: Surface) -> Row:
-    """In numbers: the networks' mean loss, and how far the grid's mean and highest loss lie above it.
+    """In numbers: the networks' mean loss, the part of the grid that has diverged, and how far the rest lies above it.
 
-    NaN, where a point diverges, counts as the highest number; the mean is over numbers.
+    `mean_rise` is over points with a finite loss: where some have none, it is no measure of flatness. `highest_rise` is
+    inf there.
     """
     own = sum(point.loss for point in found.points) / len(found.points)
-    losses = [loss for row in found.losses for loss in row if math.isfinite(loss)]
-    if not losses:
-        return {"loss": own, "mean_rise": math.nan, "highest_rise": math.nan}
-    return {"loss": own, "mean_rise": sum(losses) / len(losses) - own, "highest_rise": max(losses) - own}
+    losses = [loss for row in found.losses for loss in row]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    rise = sum(finite) / len(finite) - own if finite else math.nan
+    highest = max(losses) - own if len(finite) == len(losses) else math.inf
+    return {"loss": own, "diverged": 1 - len(finite) / len(losses), "mean_rise": rise, "highest_rise": highest}

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 from lottery_callbacks import HeavyTailedNoise
@@ -31,7 +29,8 @@ class Noise:
     Args:
         scale: the paper's sigma.
         kind: "neuron", "weight" or "rotation": the paper's types 1, 2 and 3.
-        exclude: names or patterns of parameters that get no noise, beside the output layer, biases and norms.
+        exclude: names or patterns of parameters that get no noise, beside the output layer, biases and norms; they are
+            compressed nevertheless.
         include: names or patterns of parameters that get noise although the default leaves them out.
         first_convolution: whether the first convolution gets noise, and is compressed; the published code leaves it.
         kernels: of convolutions, one number a kernel instead of one a filter.
@@ -60,6 +59,8 @@ class Compression:
     output: bool = False
 
     def __post_init__(self) -> None:
+        if not self.ratios:
+            raise ValueError("compression.ratios is empty: give parts of a layer, as [0.0, 0.5, 0.9]")
         if not 0 <= self.budget < 1:
             raise ValueError(f"compression.budget={self.budget} is outside [0, 1): a part of the squared norm")
         if outside := [ratio for ratio in self.ratios if not 0 <= ratio <= 1]:
@@ -132,8 +133,10 @@ class HeavyTails:
             raise ValueError(f"{type(model).__name__} has no forward: give it one that maps inputs to logits")
         self.models = variants(model, network, networks)
         self.arms = [Arm(name, alpha) for name in self.models for alpha in alphas]
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError("alphas, networks: give one of each at least, and each of them once")
+        if until is not None and not 0 < until <= 1:
+            raise ValueError(f"until={until} is outside (0, 1]: it is a validation accuracy")
+        if not self.arms or len({_folder(arm) for arm in self.arms}) < len(self.arms):
+            raise ValueError("alphas, networks: give one of each at least, each of them once, and names that differ")
         self.data, self.run_dir, self.noise, self.compression = data, Path(run_dir), noise, compression
         self.until, self.trials, self.training, self.seed = until, trials, training, seed
         for arm in self.arms:  # before the first run, and by the callback's own words
@@ -167,10 +170,7 @@ class HeavyTails:
 
     def plan(self, trial: int) -> dict[Arm, Run]:
         """The runs of one trial in the order in which they are done."""
-        return {
-            arm: Run(self._trial_dir(trial) / re.sub(r"[^\w.-]+", "_", str(arm)), trial, 0, str(arm))
-            for arm in self.arms
-        }
+        return {arm: Run(self._trial_dir(trial) / _folder(arm), trial, 0, str(arm)) for arm in self.arms}
 
     def _run_trial(self, trial: int, runners: dict[str, Runner], progress: ExperimentProgress) -> None:
         seed = self.seed + trial
@@ -181,9 +181,9 @@ class HeavyTails:
             progress.start(f"trial {trial} {arm}")
             if run.record is None:
                 more: list[L.Callback] = [] if arm.alpha is None else [self._noise(arm.alpha, seed)]
-                if self.until is not None:
-                    more.append(_stop_at(self.until))
-                runners[arm.network].do(run, seed, dense_fit(self.models[arm.network], seed), *more)
+                rate = FirstRate(run.run_dir / "rate.json")
+                stop = [] if self.until is None else [StopAt(self.until)]
+                runners[arm.network].do(run, seed, dense_fit(self.models[arm.network], seed), *more, *stop, rate)
             found = self._measure(arm, run, seed)
             write_json(_measured(run), found)
             progress.finish(
@@ -195,8 +195,7 @@ class HeavyTails:
         model = self.models[arm.network]
         setting = Setting(copy.deepcopy(model), self.data, self.training, seed, 0)
         setting.model.load_state_dict(weights_of(run.run_dir / "final.ckpt"))
-        found = compression_of(setting, **asdict(self.compression), first_convolution=self.noise.first_convolution)
-        return {"lr": _rate(model)} | found
+        return compression_of(setting, **asdict(self.compression), first_convolution=self.noise.first_convolution)
 
     def _noise(self, alpha: float, seed: int) -> HeavyTailedNoise:
         return HeavyTailedNoise(alpha, **asdict(self.noise), seed=stable_seed(seed, "noise"))
@@ -208,6 +207,7 @@ class HeavyTails:
             "network": arm.network,
             "alpha": arm.alpha,
             "steps": record["curve"][-1]["iteration"],
+            "lr": read_json(run.run_dir / "rate.json"),
             **read_json(_measured(run)),
         }
 
@@ -219,14 +219,46 @@ def _measured(run: Run) -> Path:
     return run.run_dir / "compression.json"
 
 
-def _stop_at(accuracy: float) -> EarlyStopping:
-    return EarlyStopping(
-        "val/acc", mode="max", stopping_threshold=accuracy, patience=10**9, check_on_train_epoch_end=False
-    )
+def _folder(arm: Arm) -> str:
+    return re.sub(r"[^\w.-]+", "_", str(arm))
 
 
-def _rate(model: L.LightningModule) -> float | None:
-    """The learning rate at the start, of a module with one optimizer."""
-    found: Any = copy.deepcopy(model).configure_optimizers()
-    optimizer = found["optimizer"] if isinstance(found, dict) else found
-    return optimizer.defaults.get("lr") if isinstance(optimizer, torch.optim.Optimizer) else None
+class StopAt(L.Callback):
+    """Ends a fit at the first validation whose accuracy is at least so high; also a fit that is resumed after it."""
+
+    def __init__(self, accuracy: float) -> None:
+        self.accuracy, self.reached = accuracy, False
+
+    def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
+        """None beside those of validation; see `fit_steps`."""
+        return ()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.reached
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "val/acc" not in trainer.callback_metrics:
+            raise ValueError("until needs 'val/acc', and the model logs none in validation_step: leave until out")
+        if float(trainer.callback_metrics["val/acc"]) >= self.accuracy:
+            self.reached = trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reached = state_dict["reached"]
+
+
+class FirstRate(L.Callback):
+    """Writes down the learning rate of the first parameter group, as it is set up; None where there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
+        """None; see `fit_steps`."""
+        return ()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.path.exists():
+            write_json(self.path, trainer.optimizers[0].defaults.get("lr") if trainer.optimizers else None)

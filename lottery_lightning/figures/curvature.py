@@ -35,8 +35,7 @@ def curvature_figure(rows: Sequence[Row]) -> bytes:
         spectrum = first["spectrum"]
         density.semilogy(spectrum["grid"], spectrum["values"], **style, label=label, lw=1.4)
         for offset, key, marker in ((-0.1, "trace", "o"), (0.1, "largest", "^")):
-            told = {"trace": "trace", "largest": "largest eigenvalue"}[key] if not number else None
-            errorbar(ends, number + offset, [row[key] for row in own], **style, marker=marker, label=told)
+            errorbar(ends, number + offset, [row[key] for row in own], **style, marker=marker)
     entries.set(xscale="log", xlabel="|entry of the diagonal| (dotted: below 0)", ylabel="% of kept weights, a bin")
     occupied = [value for row in rows for value in _occupied(row["histogram"])]
     entries.set_xlim(min(occupied), max(occupied))
@@ -46,7 +45,11 @@ def curvature_figure(rows: Sequence[Row]) -> bytes:
     density.set_ylim(top * 1e-9, top * 3)
     density.set_xscale("symlog", linthresh=max(row["spectrum"]["width"] for row in rows))
     ends.set_xticks(range(len(names)), names)
-    ends.set(yscale="log", ylabel=f"trace (o) and largest eigenvalue (^) of the {kind}")
+    ends.set(ylabel=f"trace (o) and largest eigenvalue (^) of the {kind}")
+    if min(row[key] for row in rows for key in ("trace", "largest")) > 0:
+        ends.set_yscale("log")
+    else:
+        ends.set_yscale("symlog", linthresh=max(abs(row["trace"]) for row in rows) / 100)
     for axis in (entries, density, ends):
         axis.grid(alpha=0.25)
     entries.legend(frameon=False)

@@ -15,27 +15,36 @@ def heavy_tails_figure(rows: Sequence[Row]) -> bytes:
 
     Means over trials, bars from least to greatest. The first panel has all networks; the second and third the last
     network, dotted the single weights instead of columns; the fourth, where there are several networks, the relative
-    error ||W - W_k|| / ||W|| at half the columns against the width.
+    error ||W - W_k|| / ||W|| at half the columns against the width, if that ratio is among the curves'.
 
     Args:
-        rows: a row a run: `network`, `alpha`, `width`, `column_ratio`, `curves`.
+        rows: a row a run: `network`, `alpha`, `width`, `column_ratio`, `curves`; those without curves have diverged,
+            and are not drawn.
+
+    Raises:
+        ValueError: none is left.
     """
+    rows = [row for row in rows if row["curves"]]
+    if not rows:
+        raise ValueError("all networks have diverged: there is nothing to draw; choose a smaller scale of noise")
     networks = list(dict.fromkeys(row["network"] for row in rows))
     alphas = list(dict.fromkeys(row["alpha"] for row in rows))
-    figure = canvas(18 if len(networks) > 1 else 14, 4.6)
-    panels = figure.subplots(1, 4 if len(networks) > 1 else 3)
+    several = len(networks) > 1 and all(_at(row, HALF) is not None for row in rows)
+    figure = canvas(18 if several else 14, 4.6)
+    panels = figure.subplots(1, 4 if several else 3)
     against, errors, accuracies = panels[:3]
     for number, network in enumerate(networks):
         style = {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
-        values = [[100 * row["column_ratio"] for row in _of(rows, network, alpha)] for alpha in alphas]
-        for place, some in enumerate(values):
+        values = {place: _of(rows, network, alpha) for place, alpha in enumerate(alphas)}
+        values = {place: [100 * row["column_ratio"] for row in own] for place, own in values.items() if own}
+        for place, some in values.items():
             errorbar(against, place, some, **style)
-        against.plot(range(len(alphas)), [mean(some) for some in values], **style, lw=1.2, label=network)
+        against.plot(list(values), [mean(some) for some in values.values()], **style, lw=1.2, label=network)
     against.set_xticks(range(len(alphas)), [_name(alpha) for alpha in alphas])
     against.set(xlabel="noise", ylabel="columns pruned at the budget of error (%)")
     for number, alpha in enumerate(alphas):
         own, style = _of(rows, networks[-1], alpha), {"color": f"C{number % 10}"}
-        for by, dash in (("column", "-"), ("magnitude", ":")):
+        for by, dash in (("column", "-"), ("magnitude", ":")) if own else ():
             curves = [[point for point in row["curves"] if point["by"] == by] for row in own]
             ratios = [100 * point["ratio"] for point in curves[0]]
             label = _name(alpha) if by == "column" else None
@@ -44,14 +53,14 @@ def heavy_tails_figure(rows: Sequence[Row]) -> bytes:
                 axis.plot(ratios, middle, dash, **style, lw=1.4, label=label)
     errors.set(xlabel=f"removed of each layer of {networks[-1]} (%)", ylabel="squared relative error (%)")
     accuracies.set(xlabel="removed of each layer (%)", ylabel="test accuracy, no retraining (%)")
-    if len(networks) > 1:
+    if several:
         wide = panels[3]
         for number, alpha in enumerate(alphas):
             style = {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8]}
-            found = {}
-            for network in networks:
-                own = _of(rows, network, alpha)
-                found[own[0]["width"]] = [100 * _at(row, HALF) ** 0.5 for row in own]
+            found: dict[int, list[float]] = {}
+            for row in rows:
+                if row["alpha"] == alpha:
+                    found.setdefault(row["width"], []).append(100 * (_at(row, HALF) or 0.0) ** 0.5)
             for width, some in sorted(found.items()):
                 errorbar(wide, width, some, **style)
             wide.plot(sorted(found), [mean(found[width]) for width in sorted(found)], **style, label=_name(alpha))
@@ -72,10 +81,10 @@ def _of(rows: Sequence[Row], network: str, alpha: float | None) -> list[Row]:
     return [row for row in rows if (row["network"], row["alpha"]) == (network, alpha)]
 
 
-def _at(row: Row, ratio: float) -> float:
-    """The squared error of columns at the ratio that is nearest."""
-    points = [point for point in row["curves"] if point["by"] == "column"]
-    return min(points, key=lambda point: abs(point["ratio"] - ratio))["error"]
+def _at(row: Row, ratio: float) -> float | None:
+    """The squared error of columns at the ratio; None where it was not asked for."""
+    points = {point["ratio"]: point["error"] for point in row["curves"] if point["by"] == "column"}
+    return points.get(ratio)
 
 
 def _name(alpha: float | None) -> str:

@@ -97,7 +97,7 @@ def kanter(index, words):
     return (index * u).sin() / u.sin() ** (1 / index) * ratio ** ((1 - index) / index)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9, 0.999, 1.0, 1.001, 1.5, 1.75, 1.99])
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9, 0.999, 1.0, 1.001, 1.5, 1.75, 1.99, 1.9999])
 def test_each_number_is_that_of_the_formula(alpha):
     words = alpha_stable._words(5000, seeded())
     ours, exact = symmetric(alpha, (5000,), seeded()).double(), textbook(alpha, words)

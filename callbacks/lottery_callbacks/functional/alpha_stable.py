@@ -100,7 +100,10 @@ def _sine_of_part(part: float, angle: Tensor, far: Tensor) -> Tensor:
 
 
 def lengths(alpha: float, shape: tuple[int, ...], generator: torch.Generator, out: Tensor | None = None) -> Tensor:
-    """sqrt(2 A) with A of `positive` at alpha / 2: what makes a row of normal variates rotationally invariant noise."""
+    """sqrt(2 A) with A of `positive` at alpha / 2: what makes a row of normal variates rotationally invariant noise.
+
+    Below alpha = 1 it ends at 2.6e19, where A is float32's largest number.
+    """
     values = positive(alpha / 2, shape, generator).sqrt_().mul_(math.sqrt(2))
     return values if out is None else out.copy_(values)
 

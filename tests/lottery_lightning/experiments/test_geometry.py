@@ -3,18 +3,23 @@ import csv
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
 from lottery_callbacks import Ticket
+from lottery_callbacks.functional.landscape import Point, Surface
 from lottery_lightning.cli import main
 from lottery_lightning.data import Digits
 from lottery_lightning.experiments import Geometry, Lottery, Rule, Spectra, Training, Views
 from lottery_lightning.experiments.finished import masks_of, weights_of
+from lottery_lightning.experiments.geometry_measures import summary
 from lottery_lightning.experiments.geometry_report import cells, sentence
+from lottery_lightning.experiments.setting import Setting
 from lottery_lightning.figures import curvature_figure
 from lottery_lightning.networks import Dense
 from lottery_lightning.tasks import ImageClassifier
@@ -109,6 +114,66 @@ def test_curvature_is_that_of_the_dense_hessian_on_kept_weights(lottery, measure
     assert found["density"] == pytest.approx(1.0 if name == "dense" else 0.36, abs=0.01)
 
 
+def test_the_gauss_newton_matrix_is_measured_where_it_is_asked_for(lottery, tmp_path):
+    spectra = Spectra(kind="ggn", draws=400, spectrum_draws=1, steps=2)
+    of = {"dense": networks(lottery)["dense"]}
+    Geometry(task(), Digits(), tmp_path, of, None, 1, 3, spectra, Views(around=False), training=SHORT).run()
+    (row,) = rows_of(tmp_path / "results.csv")
+    network, (images, labels) = task(), batches(0)
+    network.load_state_dict(weights_of(lottery / "trial_0" / "level_00" / "final.ckpt"))
+    network.double()
+    trace = 0.0
+    for image in images.double():  # of the softmax p: sum over classes a, b of dz_a (p_a delta_ab - p_a p_b) dz_b
+        logits = network(image.unsqueeze(0))[0]
+        rows = [torch.autograd.grad(one, list(network.parameters()), retain_graph=True) for one in logits]
+        jacobian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        p = logits.softmax(0)
+        trace += float(((p.diag() - p.outer(p)) * (jacobian @ jacobian.T)).sum()) / len(labels)
+    assert float(row["trace"]) == pytest.approx(trace, rel=1e-4)
+    assert float(row["trace_error"]) == 0  # more draws than weights: exact
+    assert float(row["smallest"]) > -1e-3 * float(row["largest"])
+
+
+def test_a_run_that_has_diverged_is_shown_as_such_and_never_the_flattest(lottery, tmp_path, capsys):
+    shutil.copytree(lottery / "trial_0" / "level_00", tmp_path / "diverged")
+    state = torch.load(tmp_path / "diverged" / "final.ckpt", weights_only=True)
+    state["state_dict"]["network.output.bias"][0] = torch.nan
+    torch.save(state, tmp_path / "diverged" / "final.ckpt")
+    of = {"diverged": str(tmp_path / "diverged"), **networks(lottery)}
+    Geometry(task(), Digits(), tmp_path / "run", of, None, 1, 3, EXACT, COARSE, training=SHORT).run()
+    rows = rows_of(tmp_path / "run" / "results.csv")
+    assert [row["trace"] == "nan" for row in rows] == [True, False, False]
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert math.isnan(summary["networks"][0]["trace"])
+    assert summary["networks"][0]["around_diverged"] == 1
+    assert "diverged" not in sentence(summary["networks"])
+    assert (tmp_path / "run" / "around_map.png").exists()
+
+
+def test_a_surface_that_diverges_somewhere_has_no_finite_highest_loss():
+    points = (Point(0.0, 0.0, 1.0, 0.1),)
+    rows = ((1.0, math.inf), (math.nan, 3.0))
+    found = summary(Surface((0.0, 1.0), (0.0, 1.0), rows, rows, "none", points, "filter norms"))
+    assert found == {"loss": 1.0, "diverged": 0.5, "mean_rise": 1.0, "highest_rise": math.inf}
+
+
+def test_statistics_of_batch_norm_are_made_anew_on_planes_of_every_trial(tmp_path):
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 10))
+    with contextlib.redirect_stdout(io.StringIO()):
+        lottery = Lottery(ImageClassifier(normed), Digits(), tmp_path / "lottery", 2, 2, {}, Rule(0.4), SHORT)
+        lottery.run()
+    found = {}
+    for norms in ("average", "reestimate"):
+        views, folder = Views(points=3, around=False, norms=norms), tmp_path / norms
+        model, dense = ImageClassifier(normed), {"dense": networks(tmp_path / "lottery")["dense"]}
+        Geometry(model, Digits(), folder, dense, levels(tmp_path / "lottery"), 2, 3, None, views, SHORT).run()
+        kept = json.loads((folder / "trial_1" / "plane_levels" / "result.json").read_text())["surface"]
+        assert kept["norms"] == norms
+        found[norms] = kept
+    assert found["average"]["points"] == found["reestimate"]["points"]
+    assert found["average"]["losses"] != found["reestimate"]["losses"]
+
+
 def test_a_row_is_a_network_of_a_trial(measured):
     rows = rows_of(measured[0] / "results.csv")
     assert [(row["name"], row["trial"]) for row in rows] == [
@@ -119,7 +184,9 @@ def test_a_row_is_a_network_of_a_trial(measured):
     traces = [float(row["trace"]) for row in rows]
     assert dense["trace"] == pytest.approx(sum(traces[:2]) / 2, rel=1e-4)
     assert ticket["trace"] == pytest.approx(sum(traces[2:]) / 2, rel=1e-4)
-    assert plane.keys() == {"name", "plane_loss", "plane_mean_rise", "plane_highest_rise"}
+    figures = {"plane_loss", "plane_diverged", "plane_mean_rise", "plane_highest_rise", "plane_mean_rise_range"}
+    assert plane.keys() == {"name", *figures}
+    assert dense["trace_range"] == pytest.approx(sorted(traces[:2]), rel=1e-4)
     for name in ("curvature", "around_map", "around_relief", "plane_map", "plane_relief"):
         assert (measured[0] / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -146,11 +213,9 @@ def test_a_rerun_shows_the_same_and_a_torn_surface_goes_on(lottery, measured, tm
 
     def torn(self, network):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 6:
             raise RuntimeError("torn")
         return own(self, network)
-
-    from lottery_lightning.experiments.setting import Setting
 
     own = Setting.on_training
     monkeypatch.setattr(Setting, "on_training", torn)
@@ -161,13 +226,13 @@ def test_a_rerun_shows_the_same_and_a_torn_surface_goes_on(lottery, measured, tm
     with points.open("a") as file:
         file.write("[1.0, ")  # as a killed process leaves it
     geometry().run()
-    assert len(calls) == 5 + 6 + 10  # the other points of ten, and the second network
+    assert len(calls) == 6 + 1 + 6 + 10  # one for the time, the other points of ten, and the second network
     for name in ("around_dense", "around_ticket"):
         kept, whole = (folder / "trial_0" / name / "result.json" for folder in (tmp_path / "run", measured[0]))
         assert json.loads(kept.read_text()) == json.loads(whole.read_text())
     capsys.readouterr()
     geometry().run()
-    assert len(calls) == 21
+    assert len(calls) == 23
     assert "geometry on training batches, means over trials: 1" in capsys.readouterr().out
 
 
@@ -191,6 +256,11 @@ data: {{class_path: Digits}}
         (["--spectra.draws", "0"], "draws=0"),
         (["--views.points", "1"], "1 points make no line"),
         (["--spectra", "null", "--views.around", "false"], "nothing is to be measured"),
+        (["--training.trainer", "{precision: bf16-true}"], "training.trainer.precision is too coarse"),
+        (
+            ["--model.init_args.network.init_args.widths", "[64, 5, 10]"],
+            "level_00 is of another architecture: network.",
+        ),
     ):
         assert main(["geometry", "--config", str(tmp_path / "options.yaml"), *words]) == 1
         error = capsys.readouterr().err
@@ -207,15 +277,36 @@ def test_a_mask_is_seen_only_where_no_kept_weight_is_0(lottery, tmp_path):
     state["state_dict"][name].view(-1)[ticket.masks[name].flatten().nonzero()[0]] = 0
     torch.save(state, tmp_path / "final.ckpt")
     (tmp_path / "result.json").write_text((run / "result.json").read_text())
-    with pytest.raises(ValueError, match=r"91 weights of network.hidden.0.weight are not 0, and the run keeps 92"):
+    with pytest.raises(ValueError, match=r"91 weights of network.hidden.0.weight are not 0, and the run keeps 92, so"):
         masks_of(tmp_path)
+    record = json.loads((tmp_path / "result.json").read_text())
+    record["kept_per_layer"][name] = ticket.masks[name].numel()
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    assert masks_of(tmp_path)[name].all()  # a layer that is kept whole needs no mask to be seen
 
 
-def test_the_sentence_names_the_flattest():
-    found = [{"name": "a", "trace": 3.0, "around_mean_rise": 1.0}, {"name": "b", "trace": 5.0, "around_mean_rise": 0.5}]
+def test_the_sentence_names_the_flattest_and_says_where_ranges_overlap():
+    found = [
+        {
+            "name": "a",
+            "trace": 3.0,
+            "trace_range": [2.0, 4.0],
+            "around_mean_rise": 1.0,
+            "around_mean_rise_range": [1.0, 1.0],
+        },
+        {
+            "name": "b",
+            "trace": 5.0,
+            "trace_range": [3.5, 6.5],
+            "around_mean_rise": 0.5,
+            "around_mean_rise_range": [0.5, 0.5],
+        },
+    ]
     told = sentence(found)
-    assert "a has the least trace, 3 (b 5)" in told
+    assert "a has the least trace, 3 [2 to 4] (b 5 [3.5 to 6.5], by means alone: ranges over trials overlap)" in told
     assert "b has the least mean rise of the loss around it, 0.5 (a 1)" in told
+    found[1]["around_diverged"] = 0.1
+    assert "rise" not in sentence(found)
     assert sentence(found[:1]) == "There is one network, and nothing to compare it with."
 
 
@@ -235,7 +326,18 @@ def test_the_figure_shows_each_network(measured, monkeypatch):
 
 def test_cells_are_means_over_trials():
     records = [
-        {"what": "plane", "name": "p", "trial": trial, "loss": 1.0, "mean_rise": rise, "highest_rise": 3.0}
+        {
+            "what": "plane",
+            "name": "p",
+            "trial": trial,
+            "loss": 1.0,
+            "diverged": 0.0,
+            "mean_rise": rise,
+            "highest_rise": 3.0,
+        }
         for trial, rise in enumerate((1.0, 2.0))
     ]
-    assert cells(records) == [{"name": "p", "plane_loss": 1.0, "plane_mean_rise": 1.5, "plane_highest_rise": 3.0}]
+    (cell,) = cells(records)
+    assert cell["plane_mean_rise"] == 1.5
+    assert cell["plane_mean_rise_range"] == [1.0, 2.0]
+    assert (cell["plane_loss"], cell["plane_highest_rise"]) == (1.0, 3.0)

@@ -2,15 +2,19 @@ import contextlib
 import csv
 import io
 import json
+import math
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from torch import nn
 
+from lottery_callbacks.functional.tail_index import centred, hill, log_moment
 from lottery_lightning.cli import main
 from lottery_lightning.data import Digits
 from lottery_lightning.experiments import Compression, HeavyTails, Noise, Training
+from lottery_lightning.experiments.compression import compressible
 from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.heavy_tails_report import cells, heavy_tails_table, sentence, theorem_rate
 from lottery_lightning.figures import heavy_tails_figure
@@ -122,6 +126,50 @@ def test_a_run_ends_at_the_accuracy_asked_for(tmp_path):
     assert int(row["steps"]) == record["curve"][-1]["iteration"] < 400
 
 
+def test_a_run_that_was_torn_after_its_last_validation_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
+    def early(folder):
+        training = Training(max_steps=400, val_every="20it", threads=1, checkpoint_seconds=0)
+        return experiment(folder, alphas=[None], networks=None, until=0.8, training=training)
+
+    early(tmp_path / "whole").run()
+    monkeypatch.setattr("lottery_lightning.experiments.runs.Runner._test", None)
+    with pytest.raises(TypeError, match="not callable"):
+        early(tmp_path / "torn").run()
+    monkeypatch.undo()
+    early(tmp_path / "torn").run()
+    torn, whole = (tmp_path / name / "trial_0" / "Dense_no_noise" for name in ("torn", "whole"))
+    assert json.loads((torn / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
+
+
+def test_an_arm_that_diverges_is_shown_as_such(tmp_path, capsys):
+    noise, networks = Noise(scale=3e38), {"one": Dense([64, 16, 10]), "unit": Dense([64, 1, 10])}
+    experiment(tmp_path, alphas=[None, 1.2], noise=noise, networks=networks).run()
+    rows = rows_of(tmp_path / "results.csv")
+    assert [row["column_ratio"] == "nan" for row in rows] == [False, True, False, True]
+    assert rows[0]["hill_of_norms"] == "nan"  # of one unit, the narrowest
+    arms = json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
+    assert [math.isnan(arm["column_ratio"]) for arm in arms] == [False, True, False, True]
+    assert (tmp_path / "heavy_tails.png").exists()
+
+
+def test_the_layers_that_are_compressed_are_those_that_noise_is_added_to():
+    module = nn.Module()
+    module.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 10))
+    module.table = nn.Embedding(5, 3)
+    assert list(compressible(module, output=False, first_convolution=True)) == ["body.0.weight", "body.1.weight"]
+    assert list(compressible(module, output=True, first_convolution=False)) == ["body.1.weight", "body.3.weight"]
+    with pytest.raises(ValueError, match="no layer is left to compress"):
+        compressible(nn.Linear(3, 2), output=False, first_convolution=True)
+
+
+def test_the_tail_index_is_that_of_the_first_layer_s_weights(finished):
+    run = finished[0] / "trial_0" / "wide_alpha_1.5"
+    weight = weights_of(run / "final.ckpt")["network.hidden.0.weight"]
+    found = json.loads((run / "compression.json").read_text())
+    assert found["tail_index"] == pytest.approx(log_moment(centred(weight)).alpha)
+    assert found["hill_of_norms"] == pytest.approx(hill(weight.norm(dim=1)).alpha)
+
+
 def test_a_torn_experiment_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
     class Torn(Callback):
         def visit_ends(self, per_epoch, last):
@@ -132,9 +180,7 @@ def test_a_torn_experiment_goes_on_to_the_same_bits(finished, tmp_path, monkeypa
                 raise RuntimeError("torn")
 
     begun = experiment(tmp_path / "run", alphas=[1.5, None])
-    noise = begun._noise
-    monkeypatch.setattr(begun, "_noise", lambda *args: noise(*args))
-    monkeypatch.setattr("lottery_lightning.experiments.heavy_tails._stop_at", lambda accuracy: Torn())
+    monkeypatch.setattr("lottery_lightning.experiments.heavy_tails.StopAt", lambda accuracy: Torn())
     begun.until = 1.0
     with pytest.raises(RuntimeError, match="torn"):
         begun.run()
@@ -172,6 +218,9 @@ data: {{class_path: Digits}}
         (["--alphas", "[2.5]"], "alpha=2.5 is outside (0, 2]"),
         (["--alphas", "[]"], "alphas, networks: give one of each at least"),
         (["--alphas", "[1.5, 1.5]"], "each of them once"),
+        (["--alphas", "[1.5, 1.50000001]"], "each of them once, and names that differ"),
+        (["--until", "95"], "until=95.0 is outside (0, 1]"),
+        (["--compression.ratios", "[]"], "compression.ratios is empty"),
         (["--noise.scale", "-1"], "scale=-1.0 is no scale of noise"),
         (["--noise.exclude", "['*']"], "no weight is left for noise"),
         (["--compression.budget", "1"], "compression.budget=1.0 is outside [0, 1)"),
