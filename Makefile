@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(PY) train.py
 
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(INSTALLED)
 	$(PY) -m pytest

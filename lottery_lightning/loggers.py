@@ -9,8 +9,9 @@ log_level(trainer.logger, {"ticket/acc": float(trainer.callback_metrics["val/acc
 log_image(trainer.logger, "masks", mask_figure([(0, ticket)]), level.number)
 log_table(trainer.logger, "levels", [{"level": level.number, "density": ticket.density}], level.number)
 log_ticket(trainer.logger, level.ticket)
-LinearModeConnectivity(report=log_lines)
 ```
+
+`log_lines` is a `report` of `lottery_callbacks.LinearModeConnectivity`.
 """
 
 import hashlib

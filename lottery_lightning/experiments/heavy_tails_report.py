@@ -33,7 +33,7 @@ def report(rows: Sequence[Row], run_dir: Path) -> None:
     trials = len({row["trial"] for row in rows})
     summary = {"experiment": "heavy-tails", "run_dir": str(run_dir), "trials": trials, "arms": found}
     files = f"{run_dir / 'results.csv'}, {run_dir / 'curves.csv'}, {figure}"
-    conclude(summary, heavy_tails_table(found, rows, trials), files, sentence(found), width=150)
+    conclude(summary, heavy_tails_table(found, rows, trials), files, sentence(found), width=170)
 
 
 def _order(rows: Sequence[Row]) -> Any:

@@ -92,7 +92,7 @@ def test_the_scale_is_the_rate_in_force_to_the_power_of_one_over_alpha(tmp_path,
             assert torch.equal(weight, start[name]), name
 
 
-class Conv(Still):
+class Filters(Still):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
@@ -115,7 +115,7 @@ class Conv(Still):
     ],
 )
 def test_layers_are_chosen_by_patterns_and_only_they_move(tmp_path, options, layers):
-    module = seeded(1, Conv)
+    module = seeded(1, Filters)
     start = {name: weight.detach().clone() for name, weight in module.named_parameters()}
     callback = Heavy("weight", **options)
     fit(tmp_path, module, callback, max_steps=2)
@@ -124,7 +124,7 @@ def test_layers_are_chosen_by_patterns_and_only_they_move(tmp_path, options, lay
 
 @pytest.mark.parametrize(("kernels", "same"), [(False, True), (True, False)])
 def test_a_filter_or_each_of_its_kernels_has_one_number(tmp_path, kernels, same):
-    module = seeded(1, Conv)
+    module = seeded(1, Filters)
     before = module.net[3].weight.detach().clone(), module.net[1].weight.detach().clone()
     fit(tmp_path, module, Heavy(kernels=kernels), max_steps=1)
     filters, first = (module.net[3].weight.detach() - before[0]), (module.net[1].weight.detach() - before[1])

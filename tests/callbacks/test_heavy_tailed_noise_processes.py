@@ -85,5 +85,6 @@ def test_a_fit_that_is_killed_ends_in_the_bits_of_an_unbroken_one(tmp_path):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in the tests' own process: another number may round elsewhere
     job, folder = sys.argv[1], Path(sys.argv[2])
     ranks(folder) if job == "ranks" else alone(folder, Die())
