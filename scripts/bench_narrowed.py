@@ -23,7 +23,7 @@ from bench_training import machine, quotients, rounded, spread
 from lottery_callbacks.functional.compressibility import compressed
 from lottery_callbacks.functional.in_place import load
 from lottery_callbacks.functional.narrowing import narrowed
-from lottery_lightning.cli import build
+from lottery_lightning.cli import build, quiet
 from lottery_lightning.experiments.compression import compressible
 from lottery_lightning.experiments.finished import require_finished, weights_of
 from lottery_lightning.experiments.heavy_tails import Arm, HeavyTails
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     args, more = parser.parse_known_args(argv)  # the rest are the experiment's own options, as --run_dir
     torch.set_num_threads(args.threads)
+    quiet()
     experiment, _ = build("heavy-tails", ["--config", args.config, *more])
     rows = [measure(experiment, arm, args.rounds) for arm in experiment.arms]
     say("")
