@@ -3,6 +3,7 @@
 What is computed from such products (diagonal, trace, eigenvalues, spectral density) is in `spectrum`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -202,7 +203,9 @@ class _Summed(nn.Module):
 def require_curvlinops() -> None:
     """Raises ModuleNotFoundError with the mend where curvlinops (or scipy, which comes with it) is not installed."""
     try:
-        import curvlinops  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, on what curvlinops imports
+            import curvlinops  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'curvature needs {error.name}: pip install "lottery-lightning[curvature]"', name=error.name
