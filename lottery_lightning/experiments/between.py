@@ -5,8 +5,10 @@ from pathlib import Path
 import lightning.pytorch as L
 
 from lottery_callbacks.functional.hidden_units import check_groups, permutation_groups
-from lottery_callbacks.functional.interpolation import Line, Norms, State, along
+from lottery_callbacks.functional.in_place import State
+from lottery_callbacks.functional.interpolation import Line, along
 from lottery_callbacks.functional.matching import align
+from lottery_callbacks.functional.running_statistics import Norms
 from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.runs import Training
 from lottery_lightning.experiments.setting import Setting

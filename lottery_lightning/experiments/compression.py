@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from lottery_callbacks import Pruning
 from lottery_callbacks.functional.compressibility import By, Compressed, compressed, hidden_weights
-from lottery_callbacks.functional.interpolation import load
+from lottery_callbacks.functional.in_place import load
 from lottery_callbacks.functional.narrowing import narrowed
 from lottery_callbacks.functional.tail_index import Estimate, centred, hill, log_moment
 from lottery_lightning.experiments.setting import Setting
 
 Row = dict[str, Any]
-AT_BUDGET = tuple(f"{by}_{key}" for by in ("column", "magnitude", "singular") for key in ("ratio", "error", "acc"))
 SHORT = {"column": "column", "magnitude": "magnitude", "singular_value": "singular"}
+AT_BUDGET = tuple(f"{by}_{key}" for by in SHORT.values() for key in ("ratio", "error", "acc"))
 
 
 def compression_of(

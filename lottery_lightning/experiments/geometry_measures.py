@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.curvature import Curvature, Kind
-from lottery_callbacks.functional.interpolation import Norms, load
+from lottery_callbacks.functional.in_place import load
 from lottery_callbacks.functional.landscape import Surface, grid_around, surface
 from lottery_callbacks.functional.plane import Plane, plane
 from lottery_callbacks.functional.random_plane import RandomPlane, random_plane
+from lottery_callbacks.functional.running_statistics import Norms
 from lottery_callbacks.functional.spectrum import diagonal, extremes, spectrum
 from lottery_callbacks.messages import one_of
 from lottery_lightning.experiments.finished import masks_of, weights_of

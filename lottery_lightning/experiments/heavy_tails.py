@@ -15,6 +15,7 @@ from lottery_callbacks.functional.alpha_stable import Kind
 from lottery_lightning.experiments.compression import Row, compression_of
 from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.heavy_tails_report import report
+from lottery_lightning.experiments.hooks import FirstRate, StopAt
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection, stable_seed
 from lottery_lightning.experiments.setting import Setting
 from lottery_lightning.experiments.store import read_json, share_trials, write_json
@@ -221,44 +222,3 @@ def _measured(run: Run) -> Path:
 
 def _folder(arm: Arm) -> str:
     return re.sub(r"[^\w.-]+", "_", str(arm))
-
-
-class StopAt(L.Callback):
-    """Ends a fit at the first validation whose accuracy is at least so high; also a fit that is resumed after it."""
-
-    def __init__(self, accuracy: float) -> None:
-        self.accuracy, self.reached = accuracy, False
-
-    def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
-        """None beside those of validation; see `fit_steps`."""
-        return ()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.should_stop or self.reached
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if "val/acc" not in trainer.callback_metrics:
-            raise ValueError("until needs 'val/acc', and the model logs none in validation_step: leave until out")
-        if float(trainer.callback_metrics["val/acc"]) >= self.accuracy:
-            self.reached = trainer.should_stop = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"reached": self.reached}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.reached = state_dict["reached"]
-
-
-class FirstRate(L.Callback):
-    """Writes down the learning rate of the first parameter group, as it is set up; None where there is none."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def visit_ends(self, per_epoch: int, last: float) -> tuple[int, ...]:
-        """None; see `fit_steps`."""
-        return ()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.path.exists():
-            write_json(self.path, trainer.optimizers[0].defaults.get("lr") if trainer.optimizers else None)

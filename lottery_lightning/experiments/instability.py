@@ -12,7 +12,8 @@ import lightning.pytorch as L
 from lottery_callbacks import Ticket
 from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional.hidden_units import permutation_groups
-from lottery_callbacks.functional.interpolation import Norms, even
+from lottery_callbacks.functional.interpolation import even
+from lottery_callbacks.functional.running_statistics import Norms
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.messages import one_of

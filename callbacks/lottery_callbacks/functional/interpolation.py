@@ -1,7 +1,7 @@
 """Networks between two networks: loss and error along the line, barrier and instability.
 
 States are dicts of tensors as `state_dict` gives them. What is measured is a function of the network, as `evaluate_on`
-makes one. Surfaces through three or four networks are in `plane`.
+makes one. Surfaces through three or four networks are in `plane`, loss and error on them in `landscape`.
 """
 
 import math

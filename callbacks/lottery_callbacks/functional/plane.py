@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lottery_callbacks.functional.interpolation import State, is_floating, require_same_tensors
+from lottery_callbacks.functional.in_place import State
+from lottery_callbacks.functional.interpolation import is_floating, require_same_tensors
 
 THREE = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
 FOUR = ((-1.0, 1.0), (1.0, 1.0), (1.0, -1.0), (-1.0, -1.0))
