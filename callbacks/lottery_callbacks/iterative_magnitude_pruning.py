@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
@@ -25,7 +25,7 @@ from lottery_callbacks.pruning_callback import PruningCallback
 from lottery_callbacks.rewinding import RewindPoint, snapshot
 from lottery_callbacks.ticket import Ticket
 
-Retrain = Literal["weights", "learning_rate", "fine_tune"]
+Retrain = Literal["weights", "prunable_weights", "learning_rate", "fine_tune"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ class IterativeMagnitudePruning(PruningCallback):
         rewind: the step k to rewind to: "0it" (initialisation), "500it", "1ep".
         run_dir: where tickets and levels are kept; a relative path is relative to the working directory.
         pruning: score, scope, rates per layer and exclusions; by default magnitude, layerwise.
-        retrain: what a level starts from: "weights" rewinds weights and schedule to step k; "learning_rate" keeps
-            the trained weights and rewinds optimizer and schedule (Renda et al., arXiv 2003.02389); "fine_tune"
-            keeps the trained weights and trains on at the last learning rate, from step 0 and with no schedule.
+        retrain: what a level starts from: "weights" rewinds all parameters, buffers and the schedule to step k;
+            "prunable_weights" leaves what is not pruned as trained, biases, norm layers and running statistics (the
+            partial rewind in the code of arXiv 2310.18769 and 2307.03364, whose tickets are not at initialisation);
+            "learning_rate" keeps all trained weights and rewinds optimizer and schedule (Renda et al., arXiv
+            2003.02389); "fine_tune" keeps them and trains on at the last learning rate, from step 0, with no schedule.
         seed: of scores that draw.
 
     Reset at each level: optimizer, schedulers, loops (to step k). Kept: the rewind point, never written again.
@@ -90,7 +92,7 @@ class IterativeMagnitudePruning(PruningCallback):
         self.rate = rate
         self.rewind = Step.parse(rewind)
         self.run_dir = Path(run_dir)
-        self.retrain = one_of("retrain", retrain, ("weights", "learning_rate", "fine_tune"))
+        self.retrain = one_of("retrain", retrain, get_args(Retrain))
         self.seed = seed
         self.ticket: Ticket | None = None
 
@@ -229,6 +231,9 @@ class IterativeMagnitudePruning(PruningCallback):
     def _rewind_point(self, trainer: L.Trainer, module: nn.Module, first: RewindPoint) -> RewindPoint:
         if self.retrain == "weights":
             return first
+        if self.retrain == "prunable_weights":
+            rewound = {name: first.tensors[name] for name in self.masks}
+            return RewindPoint(first.step, snapshot(module) | rewound, first.training)
         if self.retrain == "learning_rate":
             return RewindPoint(first.step, snapshot(module), first.training)
         rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]

@@ -153,6 +153,21 @@ def test_learning_rate_rewinding_keeps_trained_weights_and_rewinds_the_rest(tmp_
         assert curve.rows == lottery.curves[level]
 
 
+@pytest.mark.parametrize("rewind", ["0it", "17it"])
+def test_a_partial_rewind_leaves_biases_norms_and_statistics_as_trained(tmp_path, rewind):
+    make = partial(Net, (64, 20, 10), "multistep")
+    lottery = Lottery(tmp_path, make, DIGITS, rewind=rewind, trainer=LIMITS, retrain="prunable_weights").run(2)
+    first = Ticket.load(lottery.imp.ticket_path(0)).rewind
+    for level in (1, 2):
+        start, ticket = lottery.probes[level].state, Ticket.load(lottery.imp.ticket_path(level))
+        trained = lottery.finals[level - 1]
+        assert {"net.1.bias", "net.2.running_mean"} <= trained.keys() - ticket.masks.keys()
+        rewound = {name: masked(first.tensors[name], mask) for name, mask in ticket.masks.items()}
+        assert bits(start["module"]) == bits(trained | rewound)
+        assert frozen_state(ticket.rewind.training) == frozen_state(first.training)
+        assert lottery.probes[level].steps == lottery.probes[0].steps[STEPS[rewind] :]
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "multistep"])
 def test_fine_tuning_keeps_trained_weights_and_the_last_learning_rate(tmp_path, schedule):
     make = partial(Net, (64, 20, 10), schedule)
