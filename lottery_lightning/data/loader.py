@@ -98,6 +98,11 @@ class ShuffledTensorLoader(TensorLoader):
     def steps_per_epoch(self) -> int:
         return super().__len__()
 
+    def examples(self, steps: int) -> int:
+        """How many examples the first `steps` batches of this process have, over epochs."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * len(self._share(self.labels)) + rest * self.batch_size
+
     def __len__(self) -> int:
         return self.visits.per_epoch if self.visits else self.steps_per_epoch
 

@@ -117,12 +117,15 @@ class Instability:
         folders = [DENSE, *(start.folder for start in self.starts)]
         if not self.at or DENSE in self.tickets or len(set(folders)) < len(folders):
             raise ValueError(f"at, tickets: give each once, one step at least, and no ticket the name {DENSE!r}")
-        self._check_tickets()
         if lines.align:
             permutation_groups(model)  # refuses a network that cannot be traced
 
-    def _check_tickets(self) -> None:
-        """Refuse before the first run what would be refused after many."""
+    def check_tickets(self) -> None:
+        """Refuse before the first run what would be refused after many.
+
+        Raises:
+            ValueError: see the class.
+        """
         for path in self.tickets.values():
             if self.trials > 1 and "{trial}" not in path:
                 raise ValueError(f"tickets: {path} is one file for {self.trials} trials: put {{trial}} in its path")
@@ -138,23 +141,40 @@ class Instability:
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        trials = [self._trial(number) for number in range(self.trials)]
-        lines = LINE * len(trials[0].pairs(self.starts[0]))
-        runs = 1.0 + sum(
-            lines + sum(self._share(start) for run in trials[0].runs(start) if run != trials[0].dense)
-            for start in self.starts
-        )
-        with quick_collection(), ExperimentProgress(self.trials * runs, self.training.max_steps) as progress:
-            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
-            folders = [trial.folder for trial in trials]
-            share_trials(
-                folders, lambda trial: self._run_trial(trials[trial], runner, progress), progress.console.print
-            )
-        plans = [(trial, start) for start in self.starts for trial in trials]
-        if left := sum(not path.exists() for trial, start in plans for path in trial.pairs(start).values()):
-            print(f"{left} lines are left to another process; the last to finish reports")
+        self.check_tickets()
+        with quick_collection(), ExperimentProgress(self.trials * self.length, self.training.max_steps) as progress:
+            runner = self.runner(progress)
+            folders = [self._trial(number).folder for number in range(self.trials)]
+            share_trials(folders, lambda trial: self.run_trial(trial, runner, progress), progress.console.print)
+        if self.left:
+            print(f"{self.left} lines are left to another process; the last to finish reports")
             return
-        report([row for trial, start in plans for row in _rows(trial, start)], self.run_dir)
+        report(self.rows, self.run_dir)
+
+    @property
+    def length(self) -> float:
+        """What a trial takes, in whole runs."""
+        trial = self._trial(0)
+        lines = LINE * len(trial.pairs(self.starts[0]))
+        copies = (self._share(start) for start in self.starts for run in trial.runs(start) if run != trial.dense)
+        return 1.0 + lines * len(self.starts) + sum(copies)
+
+    @property
+    def left(self) -> int:
+        """How many lines are not evaluated yet."""
+        return sum(not path.exists() for trial, start in self._plan() for path in trial.pairs(start).values())
+
+    @property
+    def rows(self) -> list[Row]:
+        """What was found, a row a pair; all lines are there."""
+        return [row for trial, start in self._plan() for row in _rows(trial, start)]
+
+    def _plan(self) -> list[tuple[Trial, Start]]:
+        return [(self._trial(number), start) for start in self.starts for number in range(self.trials)]
+
+    def runner(self, progress: ExperimentProgress) -> Runner:
+        """What does the runs of this experiment, and shows them."""
+        return Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -164,8 +184,9 @@ class Instability:
     def _trial(self, number: int) -> Trial:
         return Trial(self.run_dir / f"trial_{number}", number, self.copies)
 
-    def _run_trial(self, trial: Trial, runner: Runner, progress: ExperimentProgress) -> None:
-        seed = self.seed + trial.number
+    def run_trial(self, number: int, runner: Runner, progress: ExperimentProgress) -> None:
+        """Do what is not done yet of one trial; in the folder of a trial one process works at a time."""
+        trial, seed = self._trial(number), self.seed + number
         points = {step: trial.point(step) for step in self.at}
         self._do(trial.dense, 1.0, seed, lambda: RewindPoints(dense_fit(self.model, seed), points), runner, progress)
         for start in self.starts:

@@ -28,7 +28,7 @@ def report(pairs: Sequence[Row], run_dir: Path) -> None:
     """
     rows = [row | {"lines": {kind: Line(**line) for kind, line in row["lines"].items()}} for row in pairs]
     write_csv(run_dir / "results.csv", [figures(row) for row in rows])
-    write_csv(run_dir / "lines.csv", [point for row in rows for point in _points(row)])
+    write_csv(run_dir / "lines.csv", [point for row in rows for point in line_points(row)])
     figure, found = run_dir / "instability.png", cells(rows)
     write_atomically(figure, instability_figure(rows))
     summary = {"experiment": "instability", "run_dir": str(run_dir), **finding(rows)}
@@ -46,7 +46,8 @@ def figures(row: Row) -> Row:
     return found
 
 
-def _points(row: Row) -> list[Row]:
+def line_points(row: Row) -> list[Row]:
+    """A row a point of each of the pair's lines."""
     pair = {key: row[key] for key in PAIR}
     return [
         pair | {"line": kind, "t": t, "loss": loss, "error": error}

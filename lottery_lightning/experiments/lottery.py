@@ -26,7 +26,7 @@ class Rule:
     Args:
         rate: fraction of the surviving weights removed at each level.
         rewind: the step to rewind to, "0it", "500it" or "1ep".
-        retrain: "weights", "learning_rate" or "fine_tune"; see `IterativeMagnitudePruning`.
+        retrain: "weights", "prunable_weights", "learning_rate" or "fine_tune"; see `IterativeMagnitudePruning`.
         pruning: score, scope, rates per layer, exclusions.
     """
 
@@ -96,9 +96,9 @@ class Lottery:
         runs = self.trials * len(self.plan(0))
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
             progress.console.print(self._pruning_of(0).plan(self.model), soft_wrap=True)
-            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
+            runner = self.runner(progress)
             folders = [self._trial_dir(trial) for trial in range(self.trials)]
-            share_trials(folders, lambda trial: self._run_trial(trial, runner, progress), progress.console.print)
+            share_trials(folders, lambda trial: self.run_trial(trial, runner, progress), progress.console.print)
         records = [run.record for trial in range(self.trials) for run in self.plan(trial)]
         done = [record for record in records if record is not None]
         if len(done) < len(records):
@@ -124,7 +124,12 @@ class Lottery:
         ]
         return tickets + controls
 
-    def _run_trial(self, trial: int, runner: Runner, progress: ExperimentProgress) -> None:
+    def runner(self, progress: ExperimentProgress) -> Runner:
+        """What does the runs of this experiment, and shows them."""
+        return Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
+
+    def run_trial(self, trial: int, runner: Runner, progress: ExperimentProgress) -> None:
+        """Do what is not done yet of one trial; in the folder of a trial one process works at a time."""
         plan = self.plan(trial)
         tickets = {run.level: run for run in plan if run.arm == "ticket"}
         imp = self._pruning_of(trial)

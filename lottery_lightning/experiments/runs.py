@@ -31,6 +31,7 @@ from lottery_callbacks import (
 from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
+from lottery_lightning.experiments.cost import Cost
 from lottery_lightning.experiments.store import read_json, write_json
 from lottery_lightning.loggers import Kind, close, log_ticket, make_logger
 
@@ -142,8 +143,9 @@ class Runner:
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
-        resume = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds)
-        trainer = self._trainer(run, [masked, validate, SparsityMonitor(), curve, *more, *self.callbacks, best, resume])
+        resume, cost = ResumeCheckpoint(folder / "resume", self.training.checkpoint_seconds), Cost()
+        callbacks = [masked, validate, SparsityMonitor(), curve, cost, *more, *self.callbacks, best, resume]
+        trainer = self._trainer(run, callbacks)
         if trainer.logger:
             own = {"seed": seed, "trial": run.trial, "level": run.level, "arm": run.arm, "draw": run.draw}
             trainer.logger.log_hyperparams(self.config | own)
@@ -175,6 +177,7 @@ class Runner:
         elif isinstance(masked, EdgePopup) and masked.path:
             log_ticket(trainer.logger, Path(masked.path))
         close(trainer.logger)
+        write_json(folder / "cost.json", cost.of(trainer))  # apart: seconds are never the same again
         write_json(folder / "result.json", record)
         shutil.rmtree(folder / "resume", ignore_errors=True)
         del trainer, model, masked

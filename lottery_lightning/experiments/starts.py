@@ -94,6 +94,8 @@ def require_weights_of(trial: int, name: str, ticket: Ticket, weights: Mapping[s
 def begin(start: Start, trial: int, point: Ticket, tickets: Mapping[str, str]) -> ApplyTicket:
     """What trains a copy from `point`, W_k; the order of its data is that of level 0, whatever the ticket's level.
 
+    A ticket of step k starts from its own rewind point: W_k, or after a partial rewind W_k but for what is not pruned.
+
     Raises:
         ValueError: the ticket's own rewind point is at step k too, and of another network.
     """
@@ -102,4 +104,5 @@ def begin(start: Start, trial: int, point: Ticket, tickets: Mapping[str, str]) -
     ticket = mask_of(tickets, start, trial)
     if ticket.rewind.step == point.rewind.step:
         require_weights_of(trial, start.network, ticket, point.rewind.tensors)
+        return ApplyTicket(Ticket(ticket.masks, ticket.rewind))
     return ApplyTicket(Ticket(ticket.masks, point.rewind))

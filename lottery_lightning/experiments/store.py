@@ -23,8 +23,8 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
         ValueError: the folder belongs to another experiment; one line names the first key that differs.
     """
     path = run_dir / "config.yaml"
-    kept = ("*/tickets/*.safetensors", "*/*/resume/*", "*/*/result.json", "*/*/points.jsonl")
-    begun = [run_dir.glob(pattern) for pattern in kept]
+    kept = ("tickets/*.safetensors", "resume/*", "result.json", "points.jsonl")
+    begun = [run_dir.rglob(pattern) for pattern in kept]
     if not any(map(any, begun)) and not any(map(_held, run_dir.rglob(".lock"))):  # nothing that this could spoil
         write_atomically(path, yaml.safe_dump(dict(config), sort_keys=False).encode())
         return
