@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lottery_lightning.data.loader import Augment, EpochOrder, ShuffledTensorLoader, TensorLoader
+from lottery_lightning.data.preprocessing import Preprocessing
 from lottery_lightning.data.visits import Visits
 
 Split = tuple[Tensor, Tensor]
@@ -16,7 +17,8 @@ Split = tuple[Tensor, Tensor]
 class TensorDataModule(L.LightningDataModule):
     """Serves train, validation and test sets that fit on the device; a data set is a subclass with `load`.
 
-    A subclass may set `augmentation`, which changes each training batch by draws of (data_seed, level, epoch, batch).
+    A subclass may set `augmentation`, which changes each training batch by draws of (data_seed, level, epoch, batch),
+    and `preprocessing`, which says what made its images of pixels; a distilled set of it needs that.
 
     Args:
         batch_size: training batch of one process.
@@ -25,6 +27,8 @@ class TensorDataModule(L.LightningDataModule):
         data_order: "new" shuffles anew at every level; "repeat" gives every level the order of level 0.
         split_seed: decides which training examples are held out for validation.
     """
+
+    preprocessing: Preprocessing | None = None
 
     def __init__(
         self,
@@ -49,6 +53,10 @@ class TensorDataModule(L.LightningDataModule):
     def load(self) -> Mapping[str, Split]:
         """The splits "train", "val" and "test" as (images float32, labels int64), normalised, on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """Images of pixels in [0, 1], (n, channels, height, width), by `preprocessing`: for `load` of a subclass."""
+        return pixels if self.preprocessing is None else self.preprocessing(pixels)
 
     def set_level(self, level: int) -> None:
         """Called by the lottery's callbacks before each fit: each level has an order of its own."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
+from lottery_lightning.data.preprocessing import Preprocessing
 
 
 class Digits(TensorDataModule):
@@ -13,11 +14,13 @@ class Digits(TensorDataModule):
     Images are (1, 8, 8), pixels scaled from 0..16 to [-1, 1]. Arguments: see `TensorDataModule`.
     """
 
+    preprocessing = Preprocessing((0.5,), (0.5,))
+
     def load(self) -> Mapping[str, Split]:
         from sklearn.datasets import load_digits
 
         pixels, target = load_digits(return_X_y=True)
-        images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+        images = self.preprocess(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16)
         labels = torch.tensor(target, dtype=torch.int64)
         rest, test = hold_out(images, labels, 400, seed=0)  # the same test set whatever split_seed is
         train, val = hold_out(*rest, 200, self.split_seed)

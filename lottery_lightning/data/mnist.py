@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
+from lottery_lightning.data.preprocessing import Preprocessing
 
 
 class MNIST(TensorDataModule):
@@ -35,7 +36,7 @@ class MNIST(TensorDataModule):
     ) -> None:
         super().__init__(**kwargs)
         self.data_dir, self.download, self.val_size = Path(data_dir), download, val_size
-        self.normalise = normalise
+        self.preprocessing = Preprocessing((0.1307,), (0.3081,)) if normalise else Preprocessing((0.0,), (1.0,))
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -56,8 +57,7 @@ class MNIST(TensorDataModule):
         try:
             for train in (True, False):
                 data = datasets.MNIST(self.data_dir, train)
-                images = self.change(data.data.unsqueeze(1).float() / 255, train)
-                images = (images - 0.1307) / 0.3081 if self.normalise else images
+                images = self.preprocess(self.change(data.data.unsqueeze(1).float() / 255, train))
                 if len(images) != len(data.targets):
                     raise ValueError(f"{len(images)} images and {len(data.targets)} labels")
                 sets[train] = (images, data.targets.to(torch.int64))

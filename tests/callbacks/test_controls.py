@@ -193,7 +193,10 @@ def test_a_ticket_for_another_architecture_is_refused_in_one_line(tmp_path, tick
         ),
         (lambda _: IterativeMagnitudePruning(rewind="5 steps"), "write iterations as '500it' or epochs as '10ep'"),
         (lambda _: IterativeMagnitudePruning(rewind="-1it"), "is no step string"),
-        (lambda _: IterativeMagnitudePruning(retrain="none"), "choose one of weights, prunable_weights, learning_rate, fine_tune"),
+        (
+            lambda _: IterativeMagnitudePruning(retrain="none"),
+            "weights, prunable_weights, learning_rate, fine_tune",
+        ),
         (lambda _: Pruning(score="size"), "score='size' is not known: choose one of magnitude, random"),
         (lambda _: Pruning(scope="local"), "scope='local' is not known: choose one of layerwise, global, erk"),
         (lambda _: Pruning(rates={"net.1.weight": 1.0}), r"the rate of 'net.1.weight' is 1.0: a rate lies in \[0, 1\)"),

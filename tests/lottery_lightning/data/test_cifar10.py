@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from lottery_lightning.data import CIFAR10
+from lottery_lightning.data import CIFAR10, DistilledSet, Preprocessing, Whitening
 from lottery_lightning.data.cifar10 import DEVIATION, MEAN
 
 ROWS = {"train": 12, "test": 5}
@@ -117,3 +117,51 @@ def test_the_real_set_has_the_papers_split(data_dir):
     assert (images.mean((0, 2, 3)).abs() < 0.01).all()
     assert ((images.std((0, 2, 3)) - 1).abs() < 0.01).all()
     assert torch.bincount(splits["test"][1]).tolist() == [1000] * 10
+
+
+@pytest.fixture
+def whitened_set(tmp_path):
+    """A file with a set of two images, normalised by numbers of its own and whitened by more than a factor."""
+    matrix = torch.eye(3072) * 2
+    matrix[0, 1] = matrix[1, 0] = 0.5
+    preprocessing = Preprocessing((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), Whitening(torch.linspace(-1, 1, 3072), matrix))
+    return DistilledSet(torch.zeros(2, 3, 32, 32), torch.arange(2), preprocessing).save(tmp_path / "set.safetensors")
+
+
+def test_images_take_the_preprocessing_of_a_whitened_set(tmp_path, whitened_set):
+    plain, whitened = made(write(tmp_path)), made(tmp_path, whitening=whitened_set)
+    stated = DistilledSet.load(whitened_set).preprocessing
+    for name, (images, labels) in plain.splits.items():
+        scaled = raw(images).permute(0, 3, 1, 2).float() / 255
+        assert torch.equal(whitened.splits[name][1], labels)
+        torch.testing.assert_close(whitened.splits[name][0], stated(scaled), atol=1e-5, rtol=0)
+    first = raw(plain.splits["val"][0])[0].double() / 255
+    centered = (first[0, :2, 0] - 0.1) / 0.5 - torch.linspace(-1, 1, 3072)[:2]
+    assert whitened.splits["val"][0][0, 0, 0, 0].item() == pytest.approx(
+        (2 * centered[0] + 0.5 * centered[1]).item(), abs=1e-5
+    )
+    assert whitened.preprocessing.difference(stated) is None
+    assert plain.preprocessing.difference(stated) is not None
+
+
+def test_the_border_of_whitened_images_is_zero(tmp_path, whitened_set):
+    data = made(write(tmp_path), augment=True, whitening=whitened_set)
+    images, _ = next(iter(data.train_dataloader()))
+    assert (images == 0).all(3).all(1).any()  # a whole row of some image
+
+
+def test_what_made_the_images_is_stated(tmp_path):
+    data = made(write(tmp_path))
+    shown = data.preprocessing.pixels(data.splits["test"][0])
+    torch.testing.assert_close(shown, torch.from_numpy(pixels(5, 5)).permute(0, 3, 1, 2).float() / 255)
+
+
+def test_a_file_without_a_whitening_of_cifar10_is_refused(tmp_path):
+    write(tmp_path)
+    plain = DistilledSet(torch.zeros(2, 3, 32, 32), torch.arange(2), Preprocessing((0.5,) * 3, (0.5,) * 3))
+    small = Preprocessing((0.5,) * 3, (0.5,) * 3, Whitening(torch.zeros(12), torch.eye(12)))
+    for part in (plain, DistilledSet(torch.zeros(2, 3, 2, 2), torch.arange(2), small)):
+        with pytest.raises(ValueError, match="holds no whitening of CIFAR-10: leave whitening out, or give a whitened"):
+            CIFAR10(tmp_path, whitening=part.save(tmp_path / "set"))
+    with pytest.raises(ValueError, match="is missing or torn"):
+        CIFAR10(tmp_path, whitening=tmp_path / "none")

@@ -3,7 +3,7 @@ import struct
 import pytest
 import torch
 
-from lottery_lightning.data import MNIST
+from lottery_lightning.data import MNIST, RotatedMNIST
 
 MEND = "): put the four official *-ubyte files there whole, delete torn ones, or go online to download them"
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -67,6 +67,17 @@ def test_pixels_may_stay_as_they_are(small):
     images = data.splits["train"][0]
     assert 0 <= images.min() < images.max() <= 1
     assert torch.equal((images - 0.1307) / 0.3081, normalised.splits["train"][0])
+
+
+@pytest.mark.parametrize("kind", [MNIST, RotatedMNIST])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_what_made_the_images_is_stated(small, kind, normalise):
+    data, pixels = (kind(small, download=False, val_size=2, normalise=asked) for asked in (normalise, False))
+    for one in (data, pixels):
+        one.setup("fit")
+    shown = data.preprocessing.pixels(data.splits["test"][0])
+    torch.testing.assert_close(shown, pixels.splits["test"][0])
+    assert torch.equal(data.preprocessing(pixels.splits["test"][0]), data.splits["test"][0])
 
 
 def test_a_set_that_is_read_already_is_not_read_again(small):

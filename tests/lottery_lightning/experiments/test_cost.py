@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from lottery_lightning.data import Digits, EpochOrder, ShuffledTensorLoader
 from lottery_lightning.experiments import Lottery, Rule, Training
@@ -11,8 +12,6 @@ from lottery_lightning.tasks import ImageClassifier
 
 @pytest.mark.parametrize(("size", "batch", "world"), [(10, 4, 1), (8, 4, 1), (3, 60, 1), (11, 2, 2)])
 def test_examples_are_those_of_the_batches(size, batch, world):
-    import torch
-
     loader = ShuffledTensorLoader(torch.zeros(size, 1), torch.zeros(size).long(), batch, EpochOrder(0), 0, world)
     sizes = []
     for _ in range(3):
