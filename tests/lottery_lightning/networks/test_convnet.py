@@ -39,6 +39,16 @@ def test_instance_norm_makes_the_contrast_of_an_image_indifferent_and_images_ind
     assert float((network(images) - network(images.flip(0))).abs().max()) > 0.1
 
 
+def test_grey_images_change_the_first_convolution_alone():
+    with torch.device("meta"):
+        grey, coloured = ConvNet(size=28, channels=1), ConvNet(size=28)
+    shapes, other = ({name: p.shape for name, p in one.named_parameters()} for one in (grey, coloured))
+    assert shapes.pop("features.0.weight") == (128, 1, 3, 3)
+    assert other.pop("features.0.weight") == (128, 3, 3, 3)
+    assert shapes == other
+    assert ConvNet(width=4, size=28, channels=1)(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_pooling_averages():
     network = ConvNet(depth=1, width=4, size=4)
     values = torch.randn(2, 4, 4, 4)
