@@ -7,8 +7,10 @@ commands:
   strong-ticket                random networks pruned, never trained, into the approximation of a trained one
   edge-popup                   random networks whose masks are searched by gradient, and whose weights never change
   instability                  whether copies that differ in the noise of SGD alone end in one valley
+  distilled-pruning            tickets found on distilled data beside those of real data, on real data
   geometry                     curvature and loss landscapes of the tickets of a finished lottery
   heavy-tails                  networks trained with alpha-stable noise, and how far they can be compressed
+  distill                      a few images to train on, made of a data set, beside as many real ones
   fit, validate, test, predict one run under LightningCLI
 
 Without any argument: the lottery of configs/quickstart.yaml. A config whose top key names the command needs no
@@ -37,6 +39,8 @@ import lottery_lightning.networks  # noqa: F401
 from lottery_lightning import __version__
 from lottery_lightning.data import TensorDataModule  # noqa: F401
 from lottery_lightning.experiments import (
+    Distill,
+    DistilledPruning,
     EdgePopupSearch,
     Geometry,
     HeavyTails,
@@ -56,8 +60,10 @@ EXPERIMENTS = {
     "strong-ticket": StrongTickets,
     "edge-popup": EdgePopupSearch,
     "instability": Instability,
+    "distilled-pruning": DistilledPruning,
     "geometry": Geometry,
     "heavy-tails": HeavyTails,
+    "distill": Distill,
 }
 LIGHTNING = ("fit", "validate", "test", "predict")
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -119,7 +125,7 @@ def _unwrap(arguments: Sequence[str], command: str) -> list[str]:
     same = LIGHTNING if command in LIGHTNING else (command,)
     for position, word in enumerate(options[1:], start=1):
         if options[position - 1] == "--config" and len(content := _read(word)) == 1 and next(iter(content)) in same:
-            options[position] = yaml.safe_dump(next(iter(content.values())))
+            options[position] = yaml.safe_dump(next(iter(content.values())), sort_keys=False)
     return options
 
 

@@ -1,5 +1,9 @@
 """Experiments: plans of runs from one config. Finished runs are skipped on a rerun."""
 
+from lottery_lightning.experiments.distill import Distill
+from lottery_lightning.experiments.distill_making import Making
+from lottery_lightning.experiments.distill_sets import Images
+from lottery_lightning.experiments.distilled_pruning import DistilledPruning, Route
 from lottery_lightning.experiments.edge_popup import EdgePopupSearch, Search
 from lottery_lightning.experiments.geometry import Geometry
 from lottery_lightning.experiments.geometry_measures import Spectra, Views
@@ -13,13 +17,18 @@ from lottery_lightning.experiments.subset_sum_network import SubsetSumNetwork
 
 __all__ = [
     "Compression",
+    "Distill",
+    "DistilledPruning",
     "EdgePopupSearch",
     "Geometry",
     "HeavyTails",
+    "Images",
     "Instability",
     "Lines",
     "Lottery",
+    "Making",
     "Noise",
+    "Route",
     "Rule",
     "Search",
     "Spectra",

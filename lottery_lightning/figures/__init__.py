@@ -3,6 +3,7 @@
 from lottery_lightning.figures.comparison import comparison_figure
 from lottery_lightning.figures.connectivity import connectivity_figure
 from lottery_lightning.figures.curvature import curvature_figure
+from lottery_lightning.figures.distilled_pruning import distilled_lines_figure, distilled_pruning_figure
 from lottery_lightning.figures.edge_popup import edge_popup_figure
 from lottery_lightning.figures.heavy_tails import heavy_tails_figure
 from lottery_lightning.figures.instability import instability_figure
@@ -15,6 +16,8 @@ __all__ = [
     "comparison_figure",
     "connectivity_figure",
     "curvature_figure",
+    "distilled_lines_figure",
+    "distilled_pruning_figure",
     "edge_popup_figure",
     "heavy_tails_figure",
     "instability_figure",

@@ -4,14 +4,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lottery_lightning.cli import EXPERIMENTS, LIGHTNING, main
+from lottery_lightning.data import MNIST, DistilledSet, Preprocessing, Whitening
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweeps")  # W&B's own form
 
 SMALL = {  # what makes an experiment short
+    "distill": [
+        *("--trials", "1", "--images.per_class", "1", "--making.max_steps", "2", "--method.init_args.real_batch", "2"),
+        *("--training.max_steps", "2", "--training.val_every", "2it"),
+        *("--whole.max_steps", "2", "--whole.val_every", "2it"),
+    ],
+    "distilled-pruning": [
+        *("--trials", "1", "--copies", "2", "--levels", "[1]", "--lines.points", "2"),
+        *("--training.max_steps", "2", "--training.val_every", "2it"),
+    ],
     "edge-popup": ["--trials", "1", "--training.max_steps", "2", "--sparsities", "[0.5]"],
     "geometry": [
         *("--trials", "1", "--batches", "1", "--views.points", "2"),
@@ -64,17 +75,31 @@ def files(tmp_path_factory):
     return folder
 
 
+def short_routes(content):
+    """Write a set wherever a config of distilled pruning names one; its routes in a few steps."""
+    colour = content["data"]["class_path"] == "CIFAR10"
+    shape = (3, 32, 32) if colour else (1, 28, 28)
+    whitening = Whitening(torch.zeros(3072), torch.eye(3072)) if colour else None
+    preprocessing = Preprocessing((0.0,) * 3, (1.0,) * 3, whitening) if colour else MNIST().preprocessing
+    distilled = DistilledSet(torch.zeros(10, *shape), torch.arange(10), preprocessing)
+    for path in {route["distilled"] for route in content["routes"].values() if "distilled" in route}:
+        distilled.save(path)
+    short = {"training": {"max_steps": 2, "val_every": "2it"}}
+    return ["--routes", yaml.safe_dump({name: route | short for name, route in content["routes"].items()})]
+
+
 def finished_runs(content, files):
     """Do the experiments whose runs a geometry measures, in a few steps; those of its planes that are there then."""
     planes = content["planes"]
     named = [*content["networks"].values(), *(folder for own in planes.values() for folder in own)]
-    folders = {folder.split("/trial_")[0] for folder in named}
     for path in CONFIGS:
         ((command, given),) = yaml.safe_load(path.read_text()).items()
-        if given.get("run_dir") in folders:
+        if any(folder.startswith(f"{given.get('run_dir')}/") for folder in named):
             small = ["--trials", "1", "--training.max_steps", "2", "--training.val_every", "2it"]
             small += ["--data.init_args.data_dir", str(files), "--data.init_args.val_size", "20"]
             small += ["--at", "[0it]", "--lines.points", "2"] if command == "instability" else []
+            if command == "distilled-pruning":
+                small += [*short_routes(given), "--levels", "[9]", "--lines.points", "2"]
             assert main([command, "--config", str(path), *small, "--data.init_args.batch_size", "4"]) == 0
     there = {name: own for name, own in planes.items() if all(Path(one.format(trial=0)).exists() for one in own)}
     assert there
@@ -106,9 +131,11 @@ def test_config_runs(path, tmp_path, files, monkeypatch):
         expected = 2 + sum(content["controls"].values())
     elif command in EXPERIMENTS:
         run += ["--run_dir", str(tmp_path / "run"), *SMALL[command]]
+        monkeypatch.chdir(tmp_path)
         if command == "geometry":
-            monkeypatch.chdir(tmp_path)
             run += finished_runs(content, files)
+        elif command == "distilled-pruning":
+            run += short_routes(content)
         elif "widths: [784" in path.read_text():
             run += ["--model.init_args.network.init_args.widths", "[784, 8, 10]"]
     else:
