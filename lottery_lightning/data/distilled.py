@@ -16,8 +16,8 @@ class DistilledDataModule(TensorDataModule):
 
     The validation images are those that `data` holds out of its real training set by its own `split_seed`; this
     module's has no effect. Training batches are augmented by draws of (data_seed, level, epoch, batch), as elsewhere.
-    `data` is only read: where it has read its splits already they are shared, else they are read anew and the real
-    training images are let go.
+    `data` is only read: splits that it has read already are taken, else they are read anew and the real training images
+    let go.
 
     Args:
         path: file of the `DistilledSet`.
@@ -56,6 +56,7 @@ class DistilledDataModule(TensorDataModule):
         images, labels = real["train"]
         try:
             distilled.check(images, int(labels.max()) + 1, self.data.preprocessing)
+            self._check_split(distilled)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         strategy = distilled.augmentation if self.strategy is None else self.strategy
@@ -69,3 +70,14 @@ class DistilledDataModule(TensorDataModule):
             f"{self.path.name}: {len(train[1])} images ({self.stored} stored) distilled for {network} by {method}"
         )
         return {"train": train, "val": real["val"], "test": real["test"]}
+
+    def _check_split(self, distilled: DistilledSet) -> None:
+        """Refuse a set whose images may have been chosen of, or matched to, this split's validation images."""
+        data = self.data
+        own = {"data": type(data).__name__, "split_seed": data.split_seed, "val_size": getattr(data, "val_size", None)}
+        for key, value in own.items():
+            if (there := distilled.provenance.get(key, value)) != value:
+                raise ValueError(
+                    f"the set was made of real data with {key} {there!r} and these have {value!r}, so that validation "
+                    "images may be in it: give the same"
+                )

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from lottery_lightning.data import TensorDataModule
+from lottery_lightning.data import ShuffledTensorLoader, TensorDataModule
 
 
 class Cost(L.Callback):
@@ -26,12 +26,11 @@ class Cost(L.Callback):
         """The `seconds` and training `points` of its finished fit.
 
         Seconds include validation, and leave out what a killed fit did after its last checkpoint. Points are the
-        training examples that optimizer steps drew, from the rewind point's step on; None of data that are no
-        `TensorDataModule`.
+        training examples that optimizer steps drew, from the rewind point's step on; None of loaders that are not ours.
         """
-        points = None
-        if isinstance(trainer.datamodule, TensorDataModule):
-            loader = trainer.datamodule.train_dataloader()
+        points, data = None, trainer.datamodule
+        loader = data.train_dataloader() if isinstance(data, TensorDataModule) else None
+        if isinstance(loader, ShuffledTensorLoader):
             points = loader.examples(trainer.global_step) - loader.examples(self._first or 0)
         return {"seconds": self._seconds, "points": points}
 

@@ -162,7 +162,11 @@ class Sets:
     @property
     def _provenance(self) -> dict[str, Any]:
         versions = {"lottery-lightning": __version__, "torch": torch.__version__}
-        return {"data": type(self.data).__name__, "split_seed": self.data.split_seed, **versions}
+        return {
+            "data": type(self.data).__name__,
+            "split_seed": self.data.split_seed,
+            "val_size": getattr(self.data, "val_size", None),
+        } | versions
 
 
 def tiled(images: Tensor, factor: int) -> Tensor:

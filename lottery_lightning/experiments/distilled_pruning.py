@@ -1,7 +1,6 @@
 """Tickets found on distilled data beside those found on real data, all trained on real data (arXiv 2310.18769)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,17 @@ import torch
 
 from lottery_callbacks import Ticket
 from lottery_callbacks.functional import masks as M
-from lottery_lightning.data import DistilledDataModule, TensorDataModule
-from lottery_lightning.experiments.distill_sets import cost_of
+from lottery_lightning.data import TensorDataModule
 from lottery_lightning.experiments.distilled_pruning_report import Row, report
 from lottery_lightning.experiments.instability import Instability, Lines
-from lottery_lightning.experiments.lottery import Lottery, Rule
+from lottery_lightning.experiments.lottery import Lottery
+from lottery_lightning.experiments.routes import RANDOM, Route, check_routes, keep_identity, set_of
 from lottery_lightning.experiments.runs import Runner, Training, quick_collection, stable_seed
 from lottery_lightning.experiments.starts import DENSE
 from lottery_lightning.experiments.store import read_json, share_trials
 from lottery_lightning.progress import ExperimentProgress
 
-RANDOM = "random"
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way to find tickets: a lottery on a distilled set, or on real data.
-
-    Args:
-        distilled: file of a `DistilledSet` that its levels train on; None for the real data.
-        batch_size: of the distilled images; None for that of the real ones.
-        augmentation: of the distilled images, see `DistilledDataModule`.
-        training: how its levels train; None for as on real data.
-        model: the same network with another optimizer or schedule; None for those of the real data.
-        rule: how they are pruned. `retrain: prunable_weights` is the partial rewind of the published code.
-    """
-
-    distilled: Path | None = None
-    batch_size: int | None = None
-    augmentation: str | None = None
-    training: Training | None = None
-    model: L.LightningModule | None = None
-    rule: Rule = Rule()
+PLACE = "<trial>"
 
 
 class DistilledPruning:
@@ -67,7 +45,7 @@ class DistilledPruning:
             `reset_parameters`. It logs `val/loss` and `test/acc`.
         data: the real data; validation images are held out of the training ones.
         run_dir: where everything is kept.
-        routes: ways to find tickets, by name; all rewind to the same step.
+        routes: ways to find tickets, by name, of one rate and rewind step; on distilled sets that is step 0.
         levels: whose tickets are trained on real data, from 1 on.
         trials: number of trials; trial t has seed `seed + t`.
         copies: runs of each ticket, 2 at least.
@@ -76,7 +54,8 @@ class DistilledPruning:
         seed: of the first trial.
 
     Raises:
-        ValueError: a bad argument; before the first run, a distilled set that does not go with the data.
+        ValueError: a bad argument; before the first run, a distilled set that does not go with the data or is not the
+            one that the folder began with, or a route with another network.
     """
 
     def __init__(
@@ -94,16 +73,13 @@ class DistilledPruning:
     ) -> None:
         if not levels or min(levels) < 1 or len(set(levels)) < len(levels):
             raise ValueError(f"levels={list(levels)}: give levels from 1 on, each once; the dense one is always there")
-        if not routes or {DENSE, RANDOM, "retrained"} & set(routes) or any("/" in name for name in routes):
-            raise ValueError(f"routes: give one at least, no name with a / and none of {DENSE}, {RANDOM}, retrained")
-        if len(rewinds := {route.rule.rewind for route in routes.values()}) > 1:
-            raise ValueError(f"routes rewind to {' and '.join(sorted(rewinds))}: copies start from one step")
+        rewind = check_routes(routes)
         self.data, self.run_dir, self.routes = data, Path(run_dir), routes
         self.levels, self.trials, self.training, self.seed = sorted(levels), trials, training, seed
         self.lotteries = {
             name: Lottery(
                 route.model or model,
-                self._data_of(route),
+                route.data(data),
                 self.run_dir / name,
                 max(1, self.levels[-1] - 1),
                 trials,
@@ -118,7 +94,7 @@ class DistilledPruning:
             model,
             data,
             self.run_dir / "retrained",
-            rewinds.pop(),
+            rewind,
             copies,
             trials,
             self._tickets(),
@@ -127,22 +103,9 @@ class DistilledPruning:
             seed,
         )
 
-    def _data_of(self, route: Route) -> TensorDataModule:
-        if route.distilled is None:
-            return self.data
-        real = self.data
-        return DistilledDataModule(
-            route.distilled,
-            real,
-            route.augmentation,
-            batch_size=route.batch_size or real.batch_size,
-            eval_batch_size=real.eval_batch_size,
-            data_seed=real.data_seed,
-        )
-
     def _tickets(self) -> dict[str, str]:
         return {
-            ticket_name(route, level): str(self._ticket(route, level, "{trial}"))
+            ticket_name(route, level): _pattern(self._ticket(route, level, PLACE))
             for level in self.levels
             for route in (*self.routes, RANDOM)
         }
@@ -152,14 +115,16 @@ class DistilledPruning:
 
     def run(self) -> None:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
-        if self.stability.left:
-            self._read()
         parts: list[tuple[Lottery | Instability, float]]
         parts = [*((lottery, len(lottery.plan(0))) for lottery in self.lotteries.values())]
         parts.append((self.stability, self.stability.length))
         steps = sum(runs * part.training.max_steps for part, runs in parts)
         with quick_collection(), ExperimentProgress(self.trials * steps, 1) as progress:
-            runners = {part.run_dir: part.runner(progress) for part, _ in parts}  # before a run moves the data's seed
+            runners = {  # all of them before a run moves the data's seed
+                part.run_dir: part.runner(progress, f"{self.run_dir.name}-{part.run_dir.name}") for part, _ in parts
+            }
+            if self.stability.left:
+                self._read(runners)
             folders = [self.run_dir / f"trial_{trial}" for trial in range(self.trials)]
             share_trials(folders, lambda trial: self._run_trial(trial, runners, progress), progress.console.print)
         if self.stability.left:
@@ -173,11 +138,18 @@ class DistilledPruning:
         ]
         report(pairs, self.ledger(), self.run_dir)
 
-    def _read(self) -> None:
-        """Read the real data once for all, and refuse before the first run a set that does not go with them."""
+    def _read(self, runners: Mapping[Path, Runner]) -> None:
+        """Read the real data once for all, and refuse what does not go together before the first run."""
         self.data.prepare_data()
         for data in (self.data, *(lottery.data for lottery in self.lotteries.values())):
             data.setup("fit")
+        initial = runners[self.stability.run_dir].fresh_model(self.seed).state_dict()
+        for name, route in self.routes.items():
+            if route.distilled:
+                keep_identity(route.distilled, self.run_dir / name)
+            own = runners[self.run_dir / name].fresh_model(self.seed).state_dict()
+            if own.keys() != initial.keys() or not all(torch.equal(own[key], value) for key, value in initial.items()):
+                raise ValueError(f"routes.{name}.model is or begins as another network: change its optimizer alone")
 
     def _run_trial(self, trial: int, runners: Mapping[Path, Runner], progress: ExperimentProgress) -> None:
         def do(part: Lottery | Instability, what: str) -> None:
@@ -192,44 +164,45 @@ class DistilledPruning:
         do(self.stability, "all of them on real data")
 
     def _shuffle(self, trial: int, level: int) -> None:
-        """Write the random ticket of this level: the same bytes each time."""
+        """Write the random ticket of this level, once."""
+        path = self._ticket(RANDOM, level, trial)
+        if path.exists():
+            return
         first = next((name for name, route in self.routes.items() if route.distilled is None), next(iter(self.routes)))
         ticket, dense = (Ticket.load(self._ticket(first, number, trial)) for number in (level, 0))
         generator = torch.Generator().manual_seed(stable_seed(self.seed + trial, level, RANDOM))
         masks = M.shuffled(ticket.masks, generator)
-        Ticket(masks, dense.rewind, {"level": level, "pruning": RANDOM}).save(self._ticket(RANDOM, level, trial))
+        Ticket(masks, dense.rewind, {"level": level, "pruning": RANDOM}).save(path)
 
     def ledger(self) -> list[Row]:
         """What each ticket cost to find, a row a route, level and trial; see the class."""
         return [
             {"route": name, "real": route.distilled is None, "level": level, "trial": trial}
             | self._cost(name, level, trial)
-            | self._making(name)
             for name, route in self.routes.items()
             for level in self.levels
             for trial in range(self.trials)
         ]
 
     def _cost(self, name: str, level: int, trial: int) -> Row:
-        runs = [run for run in self.lotteries[name].plan(trial) if run.level < level]
-        spent: list[Mapping[str, Any]] = [read_json(run.run_dir / "cost.json") for run in runs]
-        data = self.lotteries[name].data
-        factor = data.distilled.factor if isinstance(data, DistilledDataModule) else 1
-        decoded = sum(run["points"] for run in spent)
+        spent: list[Mapping[str, Any]] = [
+            read_json(run.run_dir / "cost.json") for run in self.lotteries[name].plan(trial) if run.level < level
+        ]
+        of_set = set_of(self.run_dir / name)
+        factor, points = of_set.pop("factor"), [run["points"] for run in spent]
+        decoded = None if None in points else sum(points)  # a data module may have a loader of its own
+        of_set.pop("sha256", None)
         return {
             "runs": len(spent),
             "decoded_points": decoded,
-            "stored_points": decoded // factor**2,
+            "stored_points": None if decoded is None else decoded / factor**2,
             "seconds": sum(run["seconds"] for run in spent),
-        }
+        } | of_set
 
-    def _making(self, name: str) -> Row:
-        """What the making of the route's set consumed, once for all trials; None where nothing beside it tells."""
-        data = self.lotteries[name].data
-        told = {"points": 0, "seconds": 0.0}
-        if isinstance(data, DistilledDataModule):
-            told = read_json(cost_of(data.path)) or {}
-        return {"making_points": told.get("points"), "making_seconds": told.get("seconds")}
+
+def _pattern(path: Path) -> str:
+    """The path as `Instability` takes it: `PLACE` stands for the trial, and braces for themselves."""
+    return str(path).replace("{", "{{").replace("}", "}}").replace(PLACE, "{trial}")
 
 
 def ticket_name(route: str, level: int) -> str:

@@ -56,15 +56,20 @@ def cells(rows: Sequence[Row], ledger: Sequence[Row]) -> list[Row]:
         accuracies = list(_accuracies(pairs).values())
         values = [row["lines"]["plain"].instability for row in pairs]
         one = {"route": route, "level": level, "density": mean(row["density"] for row in pairs)}
-        one |= {"trials": len({row["trial"] for row in pairs}), "copies": len(accuracies), "pairs": len(pairs)}
+        one |= {
+            "trials": len({row["trial"] for row in pairs}),
+            "copies": len({copy for _, copy in _accuracies(pairs)}),
+            "pairs": len(pairs),
+        }
         for name, some in (("test_acc", accuracies), ("instability", values)):
             one |= {name: mean(some), f"{name}_min": min(some), f"{name}_max": max(some)}
         one |= {"barrier": mean(row["lines"]["plain"].barrier for row in pairs)}
         spent, theirs = (_spent(ledger, name, level) for name in (route, against))
         if spent:
             one |= spent
-            for name in ("decoded", "stored"):
-                one[f"ratio_{name}"] = theirs["decoded_points"] / spent[f"{name}_points"]
+            if None not in (theirs["decoded_points"], spent["decoded_points"]):
+                for name in ("decoded", "stored"):
+                    one[f"ratio_{name}"] = theirs["decoded_points"] / spent[f"{name}_points"]
             one["ratio_seconds"] = theirs["seconds"] / spent["seconds"]
         found.append(one)
     return found
@@ -107,10 +112,15 @@ def sentence(found: Sequence[Row]) -> str:
         if cell["level"] in (0, level):
             parts.append(
                 f"{cell['route']} {100 * cell['test_acc']:.2f} %, instability {100 * cell['instability']:.2f}"
-                + (f", {cell['ratio_stored']:,.0f} times fewer points" if cell.get("ratio_stored", 1) > 1 else "")
+                + (f", found with {_fewer(cell)} fewer training examples" if cell.get("ratio_stored", 1) > 1 else "")
             )
     density = found[-1]["density"]
     return f"On real data, tickets of {density:.2%} of the weights: {'; '.join(parts)} (points of test error)."
+
+
+def _fewer(cell: Row) -> str:
+    stored, decoded = (f"{cell[f'ratio_{name}']:,.1f} times" for name in ("stored", "decoded"))
+    return stored if stored == decoded else f"{stored} (stored; {decoded} decoded)"
 
 
 def pruning_table(found: Sequence[Row], summary: Row) -> Table:
@@ -128,14 +138,12 @@ def pruning_table(found: Sequence[Row], summary: Row) -> Table:
             (f"{100 * cell[key]:.2f}", f"{100 * cell[f'{key}_min']:.2f} to {100 * cell[f'{key}_max']:.2f}")
             for key in ("test_acc", "instability")
         )
-        made = cell.get("making_points")
-        spent = (
-            f"{cell['decoded_points'] / 1000:,.0f}",
-            f"{cell['stored_points'] / 1000:,.0f}",
-            f"{cell['ratio_stored']:,.1f}",
-            f"{cell['seconds']:,.0f}",
-            "not told" if made is None else f"{made / 1000:,.0f}",
-        ) if "seconds" in cell else ("",) * 5  # fmt: skip
+        spent = ("",) * 5
+        if "seconds" in cell:
+            thousands = [cell[f"{key}_points"] for key in ("decoded", "stored", "making")]
+            decoded, stored, made = ("not told" if some is None else f"{some / 1000:,.0f}" for some in thousands)
+            ratio = f"{cell['ratio_stored']:,.1f}" if "ratio_stored" in cell else ""
+            spent = (decoded, stored, ratio, f"{cell['seconds']:,.0f}", made)
         table.add_row(
             cell["route"], str(cell["level"]), f"{100 * cell['density']:.2f}", *accuracy, *instability, *spent
         )

@@ -78,8 +78,9 @@ class Instability:
         copies: runs from each start, 2 at least.
         trials: number of trials; trial t has seed `seed + t`.
         tickets: paths of ticket files by name; {trial} and {at} in a path stand for the trial's number and the step, as
-            in "runs/lottery_{at}/trial_{trial}/tickets/level_10.safetensors". Of a ticket the mask is taken: a lottery
-            of the same model, data and seed found it on the very weights that it is applied to.
+            in "runs/lottery_{at}/trial_{trial}/tickets/level_10.safetensors". Of a ticket the mask is taken, and after
+            a partial rewind to step k what is not pruned, too: a lottery of the same model, data and seed found it on
+            the very weights that it is applied to.
         lines: how the networks between two copies are evaluated.
         training: how runs train.
         seed: of the first trial.
@@ -172,9 +173,9 @@ class Instability:
     def _plan(self) -> list[tuple[Trial, Start]]:
         return [(self._trial(number), start) for start in self.starts for number in range(self.trials)]
 
-    def runner(self, progress: ExperimentProgress) -> Runner:
-        """What does the runs of this experiment, and shows them."""
-        return Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
+    def runner(self, progress: ExperimentProgress, name: str = "") -> Runner:
+        """What does the runs of this experiment and shows them; loggers get the name, by default the folder's."""
+        return Runner(self.model, self.data, self.training, name or self.run_dir.name, (progress,), self.config)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -124,9 +124,9 @@ class Lottery:
         ]
         return tickets + controls
 
-    def runner(self, progress: ExperimentProgress) -> Runner:
-        """What does the runs of this experiment, and shows them."""
-        return Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), self.config)
+    def runner(self, progress: ExperimentProgress, name: str = "") -> Runner:
+        """What does the runs of this experiment and shows them; loggers get the name, by default the folder's."""
+        return Runner(self.model, self.data, self.training, name or self.run_dir.name, (progress,), self.config)
 
     def run_trial(self, trial: int, runner: Runner, progress: ExperimentProgress) -> None:
         """Do what is not done yet of one trial; in the folder of a trial one process works at a time."""

@@ -37,10 +37,11 @@ from lottery_lightning.loggers import Kind, close, log_ticket, make_logger
 
 # What dashboards show of a finished run, as <arm>/<key>.
 MEASURED = ("early_stop_iteration", "test_acc_early_stop", "test_acc_end")
-# What an experiment decides itself; accumulation would turn steps of validation into batches.
+# What an experiment decides itself; accumulation would turn steps of validation into batches, limits miscount examples.
 OWNED = {
     "max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
-    "logger", "callbacks", "default_root_dir", "accumulate_grad_batches", "fast_dev_run",
+    "logger", "callbacks", "default_root_dir", "accumulate_grad_batches", "fast_dev_run", "limit_train_batches",
+    "overfit_batches",
 }  # fmt: skip
 
 
@@ -109,8 +110,11 @@ class Runner:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
         self.config = dict(config or {})  # what loggers record of the experiment, beside each run's own
         self._data_seed = getattr(data, "data_seed", 0)
-        if training.threads:
-            torch.set_num_threads(training.threads)
+        self._use_threads()
+
+    def _use_threads(self) -> None:
+        if self.training.threads:
+            torch.set_num_threads(self.training.threads)
 
     def fresh_model(self, seed: int) -> L.LightningModule:
         """A copy of the model, initialised by `seed`."""
@@ -130,6 +134,7 @@ class Runner:
         Raises:
             ValueError: the model logs no `val/loss` or `test/acc`, or the best weights are not those of the curve.
         """
+        self._use_threads()  # another runner may have set its own
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
             self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -94,15 +94,17 @@ def require_weights_of(trial: int, name: str, ticket: Ticket, weights: Mapping[s
 def begin(start: Start, trial: int, point: Ticket, tickets: Mapping[str, str]) -> ApplyTicket:
     """What trains a copy from `point`, W_k; the order of its data is that of level 0, whatever the ticket's level.
 
-    A ticket of step k starts from its own rewind point: W_k, or after a partial rewind W_k but for what is not pruned.
+    After a partial rewind to step k what is not pruned starts as the ticket has it, trained.
 
     Raises:
         ValueError: the ticket's own rewind point is at step k too, and of another network.
     """
     if start.network == DENSE:
         return ApplyTicket(point)
-    ticket = mask_of(tickets, start, trial)
-    if ticket.rewind.step == point.rewind.step:
-        require_weights_of(trial, start.network, ticket, point.rewind.tensors)
-        return ApplyTicket(Ticket(ticket.masks, ticket.rewind))
-    return ApplyTicket(Ticket(ticket.masks, point.rewind))
+    ticket, rewind = mask_of(tickets, start, trial), point.rewind
+    if ticket.rewind.step == rewind.step:
+        require_weights_of(trial, start.network, ticket, rewind.tensors)
+        if ticket.provenance.get("retrain") == "prunable_weights":
+            left = {name: value for name, value in ticket.rewind.tensors.items() if name not in ticket.masks}
+            rewind = replace(rewind, tensors=rewind.tensors | left)
+    return ApplyTicket(Ticket(ticket.masks, rewind))

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lottery_lightning.data import Digits, EpochOrder, ShuffledTensorLoader
 from lottery_lightning.experiments import Lottery, Rule, Training
@@ -52,3 +53,13 @@ def test_a_run_tells_its_points_and_seconds_also_after_it_was_torn(tmp_path, mon
         assert dense["points"] == 4 * epoch + 2 * 100
         assert ticket["points"] == dense["points"] - 7 * 100
         assert dense["seconds"] > ticket["seconds"] * 0.1 > 0
+
+
+def test_a_data_module_with_a_loader_of_its_own_has_no_points(tmp_path):
+    class Own(Digits):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*self.splits["train"]), batch_size=60)
+
+    training = Training(max_steps=5, val_every="5it", threads=1)
+    Lottery(ImageClassifier(Dense([64, 10, 10])), Own(), tmp_path, 1, controls={}, training=training).run()
+    assert json.loads((tmp_path / "trial_0" / "level_00" / "cost.json").read_text())["points"] is None
