@@ -213,7 +213,7 @@ def test_a_torn_experiment_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsy
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for path in (tmp_path / "whole" / "trial_0").rglob("*"):
         other = tmp_path / "torn" / path.relative_to(tmp_path / "whole")
-        if path.suffix in (".safetensors", ".json"):
+        if path.suffix in (".safetensors", ".json") and path.name != "cost.json":
             assert other.read_bytes() == path.read_bytes()
         if path.name == "final.ckpt":
             assert all(torch.equal(value, weights_of(other)[name]) for name, value in weights_of(path).items())
