@@ -15,6 +15,8 @@ from lottery_lightning.distillation.draws import draw_network, generator
 from lottery_lightning.distillation.matching import Matching
 from lottery_lightning.distillation.real_batches import indices_of_classes
 
+PRIMITIVES = (bool, int, float, str, type(None))
+
 
 class Distiller(L.LightningModule):
     """Synthetic images that a method makes like the real ones of `RealBatches`; they are all that the fit trains.
@@ -105,10 +107,13 @@ class Distiller(L.LightningModule):
         Args:
             preprocessing: that of the real images.
             network: what they are made for, in words; by default the network's class.
-            provenance: beside seed, steps and the number of real points consumed.
+            provenance: beside `making_seed`, `steps`, `hyperparameters` (of the method) and `real_points` (so many were
+                consumed).
         """
         steps = self.global_step
-        found = {"seed": self.seed, "steps": steps, "real_points": steps * self.points_per_step}
+        own = {name: value for name, value in vars(self.method).items() if isinstance(value, PRIMITIVES)}
+        points = steps * self.points_per_step
+        found = {"making_seed": self.seed, "steps": steps, "real_points": points, "hyperparameters": own}
         return DistilledSet(
             self.images.detach().cpu().clone(),
             self.labels.cpu().clone(),

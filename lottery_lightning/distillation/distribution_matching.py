@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lottery_callbacks.functional.running_statistics import batch_norms
 from lottery_lightning.data.augment import SiameseAugmentation
 from lottery_lightning.distillation.draws import draw_network
 from lottery_lightning.distillation.features import features
@@ -32,9 +32,13 @@ class DistributionMatching(Matching):
     """
 
     name = "distribution matching"
+    needs_features = True
 
     def __init__(self, lr: float = 1.0, momentum: float = 0.5, real_batch: int = 256) -> None:
         super().__init__(lr, momentum, real_batch)
+
+    def passes(self, classes: int, decoded: int) -> float:
+        return self.points_per_step(classes) + 3 * decoded
 
     def prepare(
         self,
@@ -57,6 +61,7 @@ class DistributionMatching(Matching):
 
 def _means(network: nn.Module, images: Sequence[Tensor]) -> Tensor:
     together = torch.cat(list(images))
-    apart = together.device.type == "cpu" and not batch_norms(network)
+    norms = any(isinstance(part, _BatchNorm) for part in network.modules())  # also those without running statistics
+    apart = together.device.type == "cpu" and not norms
     found = torch.cat([features(network, chunk) for chunk in (together.split(CHUNK) if apart else [together])])
     return torch.stack([part.mean(0) for part in found.split([len(part) for part in images])])

@@ -11,7 +11,7 @@ def features(network: nn.Module, images: Tensor) -> Tensor:
     forward pass.
 
     Raises:
-        ValueError: the network has no linear layer, or does not call its last one.
+        ValueError: the network has no linear layer, does not call its last one, or not with one row an image.
     """
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
     if not linear:
@@ -24,4 +24,9 @@ def features(network: nn.Module, images: Tensor) -> Tensor:
         hook.remove()
     if not found:
         raise ValueError(f"{type(network).__name__} does not call its last Linear layer: there are no features")
+    if (rows := len(found[-1])) != len(images):
+        raise ValueError(
+            f"{type(network).__name__} gives its last Linear layer {rows} rows of {len(images)} images: "
+            "features need one an image"
+        )
     return torch.flatten(found[-1], 1)

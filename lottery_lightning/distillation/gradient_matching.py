@@ -26,11 +26,13 @@ class GradientMatching(Matching):
     classes, the distance between the gradients of the cross entropy on real and on synthetic images of that class, at
     the same augmentation: the sum over the weights' output units of 1 - cos(real, synthetic). As in the published code
     tensors with one dimension (biases, norms) do not count, and 10^-6 is added to the product of the norms. Published
-    are 1,000 networks, that is 1,000 `steps_per_network` steps.
+    are 1,000 networks, that is 1,000 `steps_per_network` steps. Units that no forward pass uses count as 1 each.
 
-    Batch norm: before each step its running statistics become those of 16 of the step's real images a class, and both
-    gradients are taken with these, fixed; the network's training takes the statistics of its batches. (The published
-    code moves its statistics a tenth of the way to such a batch.) Deviation: dropout is off.
+    Batch norm: before each step its running statistics become those of 16 of the step's augmented real images a class,
+    and both gradients are taken with these, fixed; the network's training takes the statistics of its batches. (The
+    published code draws other images for them, does not augment these, and moves its statistics a tenth of the way to
+    theirs; real points count what matching reads, and the 16 are of it.) Batch norm without running statistics takes
+    those of each class's own images. Deviation: dropout is off.
 
     Cost: a step takes one backward pass on the real images and two on the synthetic ones, and keeps the graphs of all
     classes; the training before it takes `training_epochs` epochs, which is most of the time where they are 50.
@@ -43,7 +45,8 @@ class GradientMatching(Matching):
             as published; for other numbers those of the nearest in the code's table, which has 20, 30 and 40 too.
         training_epochs: epochs of the network's training between two steps. None: likewise, 1, 50 or 10.
         network_lr: learning rate of that training.
-        network_momentum: its momentum.
+        network_momentum: its momentum; 0.5 is that of the first code, of arXiv 2006.05929. That of DSA has none: give 0
+            for it.
     """
 
     name = "gradient matching"
@@ -61,6 +64,12 @@ class GradientMatching(Matching):
         super().__init__(lr, momentum, real_batch)
         if steps_per_network is not None and steps_per_network < 1:
             raise ValueError(f"steps_per_network={steps_per_network}: a network serves one step at least")
+        if training_epochs is not None and training_epochs < 0:
+            raise ValueError(f"training_epochs={training_epochs}: give 0 or more, or null for the published number")
+        if network_lr <= 0 or not 0 <= network_momentum < 1:
+            raise ValueError(
+                f"network_lr={network_lr}, network_momentum={network_momentum}: give a rate above 0, momentum in [0, 1)"
+            )
         self.steps_per_network, self.training_epochs = steps_per_network, training_epochs
         self.network_lr, self.network_momentum = network_lr, network_momentum
 
@@ -68,6 +77,10 @@ class GradientMatching(Matching):
         """(steps at one network, epochs of training between two) for so many decoded images a class."""
         steps, epochs = SCHEDULES[min(SCHEDULES, key=lambda known: abs(known - images_per_class))]
         return self.steps_per_network or steps, epochs if self.training_epochs is None else self.training_epochs
+
+    def passes(self, classes: int, decoded: int) -> float:
+        lasts, epochs = self.schedule(decoded // classes)
+        return 3 * self.points_per_step(classes) + (5 + 3 * epochs * (1 - 1 / lasts)) * decoded
 
     def memory(self, network: nn.Module) -> nn.Module:
         """The momentum of the network's training: a network whose parameters are the velocities."""
@@ -99,7 +112,7 @@ class GradientMatching(Matching):
     def _train(self, network: nn.Module, memory: nn.Module, images: Tensor, labels: Tensor) -> None:
         weights = _leaves(network)
         loss = cross_entropy(functional_call(network, weights, images), labels)
-        gradients = torch.autograd.grad(loss, list(weights.values()))
+        gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # zeros of unused ones
         for weight, velocity, gradient in zip(network.parameters(), memory.parameters(), gradients, strict=True):
             velocity.mul_(self.network_momentum).add_(gradient)
             weight.sub_(velocity, alpha=self.network_lr)
@@ -115,7 +128,7 @@ class GradientMatching(Matching):
         def gradients(images: Tensor, label: int, differentiable: bool = False) -> Sequence[Tensor]:
             labels = torch.full((len(images),), label, device=images.device)
             entropy = cross_entropy(functional_call(network, weights, images), labels)
-            return torch.autograd.grad(entropy, matched, create_graph=differentiable)
+            return torch.autograd.grad(entropy, matched, create_graph=differentiable, materialize_grads=True)
 
         pairs = enumerate(zip(real, synthetic, strict=True))
         return torch.stack(

@@ -21,6 +21,7 @@ class Matching:
     """
 
     name = ""  # what a distilled set's `method` says
+    needs_features = False  # whether the network must have some, see `features`
 
     def __init__(self, lr: float, momentum: float, real_batch: int) -> None:
         if lr <= 0 or not 0 <= momentum < 1 or real_batch < 1:
@@ -32,6 +33,17 @@ class Matching:
     def points_per_step(self, classes: int) -> int:
         """Real images that a step reads."""
         return classes * self.real_batch
+
+    def passes(self, classes: int, decoded: int) -> float:
+        """About how many images a step, with its `prepare`, takes through the network, a backward pass counted as two.
+
+        Progress bars go by it.
+
+        Args:
+            classes: their number.
+            decoded: synthetic images that matching sees, of all classes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define passes()")
 
     def memory(self, network: nn.Module) -> nn.Module:
         """What the method keeps from step to step beside the network, as parameters or buffers; nothing."""

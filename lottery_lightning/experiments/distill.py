@@ -1,6 +1,7 @@
 """Distillation: a few images made of a data set, and whether training on them beats as many real ones."""
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -11,7 +12,7 @@ import lightning.pytorch as L
 from lottery_lightning.data import DistilledDataModule, DistilledSet, TensorDataModule
 from lottery_lightning.distillation import Matching
 from lottery_lightning.distillation.selection import SELECTIONS
-from lottery_lightning.experiments.distill_making import Making, Told, Watched
+from lottery_lightning.experiments.distill_making import RESUME, Making, Told, Watched
 from lottery_lightning.experiments.distill_report import Row, report
 from lottery_lightning.experiments.distill_sets import Images, Sets, cost_of
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
@@ -51,12 +52,13 @@ class Distill:
         training: how the model trains on each of the sets.
         batch_size: of that training.
         whole: how it trains on all real images; None for `training`.
-        whole_model: what is trained on those, as its schedule may be another; None for `model`.
+        whole_model: what is trained on those, of the same network, as its schedule may be another; None for `model`.
         trials: number of trials; trial t has seed `seed + t`.
         seed: of the first trial.
 
     Raises:
-        ValueError: a bad argument; no such submodule; data that do not say how they are preprocessed.
+        ValueError: a bad argument; no such submodule, or another one in `whole_model`; data that do not say how they
+            are preprocessed.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Distill:
         self.model, self.whole_model = model, whole_model or model
         for one in (self.model, self.whole_model):
             variants(one, network, None)  # refuses one without that submodule
+        if _shapes(self.model, network) != _shapes(self.whole_model, network):
+            raise ValueError(f"whole_model has another {network} than model: change its optimizer and schedule alone")
         self.data, self.run_dir, self.method, self.images = data, Path(run_dir), method, images
         self.baselines, self.network, self.making, self.training = tuple(baselines), network, making, training
         self.batch_size, self.whole, self.trials, self.seed = batch_size, whole or training, trials, seed
@@ -104,7 +108,7 @@ class Distill:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
         self.data.prepare_data()
         self.data.setup("fit")
-        self.sets.check()
+        self.sets.check(self.method.needs_features or bool(set(self.baselines) - {"random"}))
         with (
             quick_collection(),
             ExperimentProgress(self.trials * sum(self._shares), self.training.max_steps) as progress,
@@ -137,7 +141,7 @@ class Distill:
         classes, stored, decoded = self.sets.sizes
         run = 3 * min(self.batch_size, stored) * self.training.max_steps
         whole = 3 * self.data.batch_size * self.whole.max_steps
-        making = (2 * self.method.points_per_step(classes) + 4 * decoded) * self.making.max_steps
+        making = self.method.passes(classes, decoded) * self.making.max_steps
         distilled = 3 * min(self.batch_size, decoded) * self.training.max_steps
         return whole / run, making / run, distilled / run, len(self.baselines)
 
@@ -145,16 +149,19 @@ class Distill:
         seed, plan = self.seed + trial, self.plan(trial)
         whole, making, distilled, _ = self._shares
         for name, run in plan.items():
+            for training in (self.whole, self.training):  # also where a finished run sets none: bits may depend on them
+                training.use_threads()
             label, path = f"trial {trial} {name}", self.set_path(trial, name)
             if name == self.method.name:
                 progress.start(f"{label}, making", making)
+                folder, shown = self._trial_dir(trial) / MAKING, self.training.logger
                 if not path.exists():
-                    folder, shown = self._trial_dir(trial) / MAKING, self.training.logger
                     watched = Watched(folder, label, trial, progress, shown, self.run_dir.name, self.config)
                     self.sets.make(self.method, self.making, seed, path, watched)
+                shutil.rmtree(folder / RESUME, ignore_errors=True)  # a kill after the set was kept may have left it
                 progress.finish(None)
             elif name != CEILING and not path.exists():
-                self._choose(name, seed, path, plan[CEILING])
+                self._choose(name, seed, trial, plan[CEILING])
             progress.start(label, whole if name == CEILING else distilled if name == self.method.name else 1.0)
             if run.record is not None:
                 progress.finish(None)
@@ -171,14 +178,17 @@ class Distill:
         small = DistilledDataModule(path, self.data, batch_size=self.batch_size, data_seed=self._data_seed)
         return Runner(self.model, small, self.training, self.run_dir.name, told, self.config)
 
-    def _choose(self, name: str, seed: int, path: Path, whole: Run) -> None:
+    def _choose(self, name: str, seed: int, trial: int, whole: Run) -> None:
+        """Write the set of a baseline; all that need features at once, which are embedded once."""
         if name == "random":
-            self.sets.choose(name, seed, path, None, {"seconds": 0.0, "points": 0})
+            self.sets.choose(name, seed, self.set_path(trial, name), None, {"seconds": 0.0, "points": 0})
             return
         began, cost = perf_counter(), read_json(whole.run_dir / "cost.json")
         embedded = self.sets.embed(self.whole_model, self.network, self.whole, whole)
         spent = {"seconds": cost["seconds"] + perf_counter() - began, "points": cost["points"] + len(embedded)}
-        self.sets.choose(name, seed, path, embedded, spent)
+        for other in self.baselines:
+            if other != "random" and not (path := self.set_path(trial, other)).exists():
+                self.sets.choose(other, seed, path, embedded, spent)
 
     def _rows(self, trial: int) -> Iterator[Row]:
         """What a finished trial found, a row a set."""
@@ -212,6 +222,10 @@ class Distill:
 
     def _trial_dir(self, trial: int) -> Path:
         return self.run_dir / f"trial_{trial}"
+
+
+def _shapes(model: L.LightningModule, network: str) -> dict[str, Any]:
+    return {name: tensor.shape for name, tensor in model.get_submodule(network).state_dict().items()}
 
 
 def _slug(method: str) -> str:

@@ -17,7 +17,7 @@ from lottery_callbacks.ticket import write_atomically
 from lottery_lightning.data import Preprocessing
 from lottery_lightning.distillation import Distiller, RealBatches
 from lottery_lightning.experiments.cost import Cost
-from lottery_lightning.experiments.runs import Training
+from lottery_lightning.experiments.runs import check_trainer, one_process
 from lottery_lightning.experiments.store import write_json
 from lottery_lightning.figures.distill import images_figure
 from lottery_lightning.loggers import Kind, close, log_image, make_logger
@@ -34,8 +34,8 @@ class Making:
     Args:
         max_steps: steps of the images.
         picture_every: steps between two pictures of them; the first is of step 0, the last of the end.
-        checkpoint_seconds: least time between two checkpoints to resume from; they are written at every so manieth step
-            that divides `picture_every` and 100.
+        checkpoint_seconds: least time between two checkpoints to resume from; one may be written every
+            gcd(`picture_every`, 100) steps.
         trainer: further arguments of `lightning.pytorch.Trainer`, such as the accelerator.
     """
 
@@ -47,7 +47,7 @@ class Making:
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.picture_every < 1:
             raise ValueError(f"making: max_steps={self.max_steps}, picture_every={self.picture_every}: give 1 at least")
-        Training(trainer=self.trainer)  # refuses what an experiment sets itself
+        check_trainer(self.trainer, "making.trainer")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ def fit(
 
     Returns:
         Its `seconds`, and `points`, how many real images its steps read.
+
+    Raises:
+        ValueError: the trainer is of several processes, or an image is not finite.
     """
     cost, watch = Cost(), Watch(preprocessing, making, watched)
     options: dict[str, Any] = {
@@ -117,7 +120,7 @@ def fit(
             ResumeCheckpoint(watched.folder / RESUME, making.checkpoint_seconds),
         ],
     }
-    trainer = L.Trainer(**options | making.trainer)
+    trainer = one_process(L.Trainer(**options | making.trainer))
     trainer.fit(distiller, batches, ckpt_path=newest_checkpoint(watched.folder / RESUME))
     close(trainer.logger)
     write_json(watched.folder / "losses.json", watch.losses)
@@ -139,7 +142,10 @@ class Told(L.Callback):
 
 
 class Watch(L.Callback):
-    """Pictures of the images, their matching losses, lines with the time left; it changes nothing of the fit."""
+    """Pictures of the images, their matching losses, lines with the time left; it changes nothing of the fit.
+
+    Images that are not finite end the fit at the next validation, before a checkpoint keeps them.
+    """
 
     def __init__(self, preprocessing: Preprocessing, making: Making, watched: Watched) -> None:
         self.preprocessing, self.making, self.watched = preprocessing, making, watched
@@ -162,6 +168,9 @@ class Watch(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         step, last = trainer.global_step, self.making.max_steps
+        if not bool(pl_module.images.isfinite().all()):
+            rate = f"lr={pl_module.method.lr}"
+            raise ValueError(f"an image is not finite at step {step:,}: the making diverged, lower its method's {rate}")
         if step % self.making.picture_every and step != last:
             return
         self._draw(trainer, pl_module)

@@ -28,7 +28,7 @@ def report(rows: Sequence[Row], losses: Losses, run_dir: Path) -> None:
         f"{run_dir / 'results.csv'}, {figure}, sets in {run_dir}/trial_*/sets/*.safetensors, their forming in "
         f"{run_dir}/trial_*/pictures/*.png"
     )
-    conclude(summary, distill_table(found, trials), files, sentence(found), width=150)
+    conclude(summary, distill_table(found, trials), files, sentence(found, trials), width=150)
 
 
 def cells(rows: Sequence[Row]) -> Iterator[Row]:
@@ -54,13 +54,15 @@ def cells(rows: Sequence[Row]) -> Iterator[Row]:
         }
 
 
-def sentence(found: Sequence[Row]) -> str:
+def sentence(found: Sequence[Row], trials: int) -> str:
     """The finding in one sentence: the distilled set, which is the last, beside the best of the others."""
     (whole,) = (cell for cell in found if cell["method"] == CEILING)
     distilled, others = found[-1], [cell for cell in found[:-1] if cell["method"] != CEILING]
+    stored, decoded = distilled["stored"], distilled["decoded"]
     text = (
-        f"Trained on {distilled['stored']:,} images made by {distilled['method']}, the network reaches "
-        f"{_percent(distilled)} test accuracy"
+        f"Trained on {stored:,} images{'' if decoded == stored else f' ({decoded:,} decoded)'} made by "
+        f"{distilled['method']}, the network reaches {_percent(distilled)} test accuracy "
+        f"({'one trial' if trials == 1 else f'mean of {trials} trials'})"
     )
     if others:
         best = max(others, key=lambda cell: cell["test_acc"])

@@ -1,7 +1,6 @@
 """The sets of the distill experiment: images chosen of the real ones, or made of them."""
 
 import copy
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from lottery_lightning.data import DistilledSet, Preprocessing, TensorDataModule
 from lottery_lightning.data.augment import SiameseAugmentation
 from lottery_lightning.distillation import Distiller, Matching, RealBatches, features
 from lottery_lightning.distillation.selection import select
-from lottery_lightning.experiments.distill_making import RESUME, Making, Watched, fit
+from lottery_lightning.experiments.distill_making import Making, Watched, fit
 from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.runs import Run, Training, stable_seed
 from lottery_lightning.experiments.setting import Setting
@@ -56,7 +55,7 @@ class Sets:
     """Writes the sets of an experiment: the file, and beside it, as `.cost.json`, what finding it took.
 
     That is `seconds`, and `points`: how many real images went through a network, as often as they did. For herding and
-    k-means the training of the network that embeds counts too.
+    k-means the embedding, which they share, and the training of the network that embeds count too, for each in full.
 
     Args:
         data: the real data, its splits read; sets are of the training split.
@@ -82,15 +81,16 @@ class Sets:
         classes = int(self.data.splits["train"][1].max()) + 1
         return classes, classes * self.images.per_class, classes * self.images.per_class * self.images.factor**2
 
-    def check(self) -> None:
-        """Refuse what `begin` and `embed` would, before anything is trained.
+    def check(self, needs_features: bool) -> None:
+        """Refuse what `begin` and, where features are needed, `embed` would, before anything is trained.
 
         Raises:
             ValueError: a class has too few images, the factor does not divide their size, or the network has no
                 features.
         """
         self.begin(0)
-        features(copy.deepcopy(self.network), self.real[0][:2])
+        if needs_features:
+            features(copy.deepcopy(self.network), self.real[0][:2])
 
     def choose(self, name: str, seed: int, path: Path, embedded: Tensor | None, cost: Mapping[str, Any]) -> None:
         """Write a set of real images.
@@ -116,17 +116,17 @@ class Sets:
         Args:
             model: of that run; its weights stay as they are.
             network: its submodule whose features are meant.
-            training: how it trained: its device and precision.
+            training: how it trained: features are computed on its device and in its precision.
             finished: the run.
         """
         setting = Setting(copy.deepcopy(model), self.data, training, 0, 0)
         setting.model.load_state_dict(weights_of(finished.run_dir / "final.ckpt"))
         part = setting.model.get_submodule(network).eval()
-        with torch.no_grad():
-            return torch.cat([features(part, some).cpu() for some in self.data.splits["train"][0].split(CHUNK)])
+        chunks = self.data.splits["train"][0].split(CHUNK)
+        return torch.cat([setting.on_images(lambda images: features(part, images), some).cpu() for some in chunks])
 
     def make(self, method: Matching, making: Making, seed: int, path: Path, watched: Watched) -> None:
-        """Write the distilled set; a torn making goes on from its checkpoint.
+        """Write the distilled set; a torn making goes on from its checkpoint, and leaves its `RESUME` folder.
 
         Args:
             method: what is matched.
@@ -143,7 +143,6 @@ class Sets:
         write_json(cost_of(path), cost)
         found = {"start": self.images.start, "seed": seed} | self._provenance
         distiller.distilled_set(self.preprocessing, self._made_for, found).save(path)
-        shutil.rmtree(watched.folder / RESUME, ignore_errors=True)
 
     def begin(self, seed: int) -> tuple[Tensor, Tensor]:
         """The images that making begins with, and their labels, class by class, on the CPU."""

@@ -75,7 +75,7 @@ class DistilledPruning:
             raise ValueError(f"levels={list(levels)}: give levels from 1 on, each once; the dense one is always there")
         rewind = check_routes(routes)
         self.data, self.run_dir, self.routes = data, Path(run_dir), routes
-        self.levels, self.trials, self.training, self.seed = sorted(levels), trials, training, seed
+        self.levels, self.trials, self.seed = sorted(levels), trials, seed
         self.lotteries = {
             name: Lottery(
                 route.model or model,

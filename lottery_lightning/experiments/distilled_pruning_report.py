@@ -40,7 +40,7 @@ def report(pairs: Sequence[Row], ledger: Sequence[Row], run_dir: Path) -> None:
     summary = {"experiment": "distilled-pruning", "run_dir": str(run_dir), **finding(rows, found)}
     names = ", ".join(str(run_dir / f"{name}.png") for name in pictures)
     files = f"{', '.join(str(run_dir / f'{name}.csv') for name in ('results', 'lines', 'ledger'))}, {names}"
-    conclude(summary, pruning_table(found, summary), files, sentence(found), width=160, more={"cells": found})
+    conclude(summary, pruning_table(found, summary), files, sentence(found), width=180, more={"cells": found})
 
 
 def cells(rows: Sequence[Row], ledger: Sequence[Row]) -> list[Row]:

@@ -69,11 +69,12 @@ class Training:
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: a run makes one step at least")
         ValidateEvery(self.val_every)
-        known = inspect.signature(L.Trainer).parameters
-        if unknown := set(self.trainer) - set(known):
-            raise ValueError(f"training.trainer names {', '.join(sorted(unknown))}: no argument of Trainer")
-        if owned := set(self.trainer) & OWNED:
-            raise ValueError(f"training.trainer names {', '.join(sorted(owned))}: the experiment sets that itself")
+        check_trainer(self.trainer, "training.trainer")
+
+    def use_threads(self) -> None:
+        """Have torch use that many threads from now on."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,7 @@ class Runner:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
         self.config = dict(config or {})  # what loggers record of the experiment, beside each run's own
         self._data_seed = getattr(data, "data_seed", 0)
-        self._use_threads()
-
-    def _use_threads(self) -> None:
-        if self.training.threads:
-            torch.set_num_threads(self.training.threads)
+        training.use_threads()
 
     def fresh_model(self, seed: int) -> L.LightningModule:
         """A copy of the model, initialised by `seed`."""
@@ -134,7 +131,7 @@ class Runner:
         Raises:
             ValueError: the model logs no `val/loss` or `test/acc`, or the best weights are not those of the curve.
         """
-        self._use_threads()  # another runner may have set its own
+        self.training.use_threads()  # another runner may have set its own
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
             self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,13 +209,7 @@ class Runner:
             "default_root_dir": run.run_dir,
             "callbacks": callbacks,
         }
-        trainer = L.Trainer(**options | self.training.trainer)
-        if trainer.world_size > 1:
-            raise ValueError(
-                "an experiment trains each run in one process: start the command once per device "
-                "(CUDA_VISIBLE_DEVICES), they share the trials"
-            )
-        return trainer
+        return one_process(L.Trainer(**options | self.training.trainer))
 
     def _test(self, trainer: L.Trainer, model: L.LightningModule, checkpoint: Path | None = None) -> float:
         (metrics,) = trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)
@@ -231,6 +222,24 @@ def dense_fit(model: L.LightningModule, seed: int) -> ApplyTicket:
     """What trains all weights, drawn by `seed`: a dense fit is that of the ticket which keeps everything."""
     everything = Ticket(M.ones(Pruning().prunable(model)), RewindPoint(0, {}))
     return ApplyTicket(everything, weights="reinit", seed=seed)
+
+
+def check_trainer(arguments: Mapping[str, Any], name: str) -> None:
+    """Refuse arguments called `name` that Trainer has not, or that are the experiment's own."""
+    if unknown := set(arguments) - set(inspect.signature(L.Trainer).parameters):
+        raise ValueError(f"{name} names {', '.join(sorted(unknown))}: no argument of Trainer")
+    if owned := set(arguments) & OWNED:
+        raise ValueError(f"{name} names {', '.join(sorted(owned))}: the experiment sets that itself")
+
+
+def one_process(trainer: L.Trainer) -> L.Trainer:
+    """The trainer, refused if it would start several processes."""
+    if trainer.world_size > 1:
+        raise ValueError(
+            "an experiment trains each run in one process: start the command once per device "
+            "(CUDA_VISIBLE_DEVICES), they share the trials"
+        )
+    return trainer
 
 
 @contextmanager

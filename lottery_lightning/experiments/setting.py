@@ -1,12 +1,12 @@
 """A model and its data as runs had them, for what is measured of finished runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_data import prepared
@@ -70,6 +70,12 @@ class Setting:
         """The same on the training batches, in eval mode."""
         with self._trainer.precision_plugin.val_step_context():
             return evaluate_on(self.training)(network)
+
+    def on_images(self, compute: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What `compute` makes of images on the device, in the runs' precision and without gradients."""
+        plugin = self._trainer.precision_plugin
+        with torch.no_grad(), plugin.val_step_context():
+            return compute(plugin.convert_input(images))
 
     def reestimate(self, network: nn.Module) -> None:
         """Run the network over the training batches, without gradients."""

@@ -17,8 +17,8 @@ def images_figure(sets: Mapping[str, Tensor], classes: int, title: str) -> bytes
     """Sets of images side by side: a row a class, a column an image, pixels enlarged without smoothing.
 
     Args:
-        sets: by name, pixels in [0, 1], (n, channels, height, width) with 1 or 3 channels, sorted by class and as many
-            of each.
+        sets: by name, pixels in [0, 1], (n, channels, height, width), sorted by class and as many of each; where there
+            are not 1 or 3 channels their mean is drawn.
         classes: their number.
         title: above all.
     """
@@ -43,7 +43,8 @@ def images_figure(sets: Mapping[str, Tensor], classes: int, title: str) -> bytes
 
 def tiles(pixels: Tensor, classes: int) -> Tensor:
     """The images (n, channels, h, w), a row a class, as one (rows, columns, 3) or (rows, columns) with white seams."""
-    bordered = torch.nn.functional.pad(pixels.cpu(), (1, 1, 1, 1), value=1.0)
+    pixels = pixels.cpu() if pixels.shape[1] in (1, 3) else pixels.cpu().mean(1, keepdim=True)
+    bordered = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=1.0)
     n, channels, height, width = bordered.shape
     grid = bordered.view(classes, n // classes, channels, height, width).permute(0, 3, 1, 4, 2)
     whole = grid.reshape(classes * height, n // classes * width, channels)
@@ -72,7 +73,7 @@ def distill_figure(rows: Sequence[Row], losses: Mapping[int, Sequence[tuple[int,
     stored = next(row["stored"] for row in rows if row["method"] == names[0])
     accuracy.set_xlim(-0.5, len(names) - 0.3)
     accuracy.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
-    accuracy.set(ylabel="test accuracy at the end (%)", xlabel=f"sets of {stored:,} images")
+    accuracy.set(ylabel="test accuracy at the end (%)", xlabel=f"sets of {stored:,} stored images")
     accuracy.legend(frameon=False, loc="lower right")
     accuracy.grid(alpha=0.25, axis="y")
     for trial, points in losses.items():

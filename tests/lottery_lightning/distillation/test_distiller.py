@@ -157,7 +157,9 @@ def test_the_distilled_set_says_all_that_training_on_it_needs(real_images, make_
     assert made.images.data_ptr() != module.images.data_ptr()
     assert made.labels.tolist() == [2, 0, 1, 0]
     assert (made.augmentation, made.network, made.method, made.factor) == ("crop_flip", "Noisy", METHODS[0].name, 2)
-    assert made.provenance == {"seed": 5, "steps": 3, "real_points": 36, "data": "random"}
+    own = {"lr": 0.5, "momentum": 0.5, "real_batch": 4}
+    counted = {"making_seed": 5, "steps": 3, "real_points": 36}
+    assert made.provenance == {**counted, "hyperparameters": own, "data": "random"}
     assert made.preprocessing is preprocessing
     assert module.distilled_set(preprocessing, "ConvNet(depth=3)").network == "ConvNet(depth=3)"
     made.save(tmp_path / "set.safetensors")

@@ -46,9 +46,10 @@ def test_its_gradient_is_that_of_finite_differences(smooth, real_images):
     assert torch.autograd.gradcheck(lambda x: METHOD.loss(network, real, x.split([2, 1, 3])), images)
 
 
-def test_batch_norm_takes_the_statistics_of_all_classes_together(smooth, real_images):
-    network = smooth(nn.BatchNorm2d)
-    real, synthetic = parts(real_images)
+@pytest.mark.parametrize("tracked", [True, False])
+def test_batch_norm_takes_the_statistics_of_all_classes_together(smooth, real_images, tracked):
+    network = smooth(lambda width: nn.BatchNorm2d(width, track_running_stats=tracked))
+    real, synthetic = (part * 9 for part in parts(real_images))  # more images than a chunk
     reference = copy.deepcopy(network)[:-1].train()
     sides = []
     for images in (real, synthetic):
@@ -93,6 +94,7 @@ def test_its_defaults_are_the_papers_and_its_points_are_counted():
     method = DistributionMatching()
     assert (method.lr, method.momentum, method.real_batch) == (1.0, 0.5, 256)
     assert method.points_per_step(10) == 2560
+    assert method.passes(10, 40) == 2560 + 3 * 40
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"momentum": 1.0}, {"real_batch": 0}])

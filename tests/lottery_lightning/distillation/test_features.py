@@ -41,5 +41,15 @@ def test_a_network_without_them_is_refused_in_one_line():
         def forward(self, images):
             return images
 
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+
+        def forward(self, images):
+            return self.linear(images.view(-1, 2))
+
+    with pytest.raises(ValueError, match=r"^Tokens gives its last Linear layer 6 rows of 2 images: .* one an image$"):
+        features(Tokens(), torch.ones(2, 1, 2, 3))
     with pytest.raises(ValueError, match=r"^Idle does not call its last Linear layer: there are no features$"):
         features(Idle(), torch.ones(1, 1))

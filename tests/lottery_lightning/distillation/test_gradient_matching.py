@@ -112,6 +112,27 @@ def test_a_fit_is_the_published_loop_written_out(smooth, real_images, distil, au
     assert float(module.trainer.callback_metrics["train/matching_loss"]) == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_weights_that_the_forward_pass_does_not_use_stay_and_add_one_a_unit(smooth, real_images):
+    network = smooth()
+    real, synthetic = parts(real_images)
+    expected = naive(network, real, synthetic)
+    network[0].idle = nn.Linear(3, 2).double()
+    network.requires_grad_(False)
+    before = network[0].idle.weight.clone()
+    torch.testing.assert_close(METHOD.loss(network, real, synthetic), expected + 3 * 2, rtol=1e-10, atol=0)
+    memory = METHOD.memory(network)
+    for velocity in memory.parameters():
+        velocity.zero_()
+    METHOD._train(network, memory, torch.cat(synthetic), torch.tensor([0, 0, 1, 2, 2, 2]))
+    assert torch.equal(network[0].idle.weight, before)
+
+
+def test_norms_without_running_statistics_take_each_class_own(smooth, real_images):
+    network = smooth(lambda width: nn.BatchNorm2d(width, track_running_stats=False))
+    real, synthetic = parts(real_images)
+    torch.testing.assert_close(METHOD.loss(network, real, synthetic), naive(network, real, synthetic))
+
+
 def test_training_takes_batches_of_256(smooth, monkeypatch):
     method, network, sizes = GradientMatching(steps_per_network=2, training_epochs=2), smooth(), []
     monkeypatch.setattr(method, "_train", lambda network, memory, images, labels: sizes.append(len(images)))
@@ -128,6 +149,24 @@ def test_its_defaults_are_the_papers():
     assert [method.schedule(images) for images in (4, 13, 1000)] == [(1, 1), (10, 50), (50, 10)]
     assert GradientMatching(steps_per_network=4).schedule(10) == (4, 50)
     assert GradientMatching(training_epochs=0).schedule(10) == (10, 0)
+
+
+def test_the_networks_training_counts_among_the_passes_of_a_step():
+    assert GradientMatching(real_batch=2).passes(10, 100) == pytest.approx(60 + (5 + 3 * 50 * 9 / 10) * 100)
+    assert GradientMatching(real_batch=2).passes(10, 10) == 60 + 5 * 10  # a network a step is never trained
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"training_epochs": -1}, "^training_epochs=-1: give 0 or more"),
+        ({"network_lr": 0.0}, "^network_lr=0.0, network_momentum=0.5: give a rate above 0"),
+        ({"network_momentum": 1.0}, "^network_lr=0.01, network_momentum=1.0: give a rate above 0"),
+    ],
+)
+def test_impossible_hyperparameters_of_the_network_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GradientMatching(**wrong)
 
 
 def test_a_network_for_no_step_is_refused():

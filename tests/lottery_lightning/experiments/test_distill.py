@@ -16,9 +16,9 @@ from lottery_lightning.distillation.selection import herding
 from lottery_lightning.experiments import Distill, Images, Making, Training
 from lottery_lightning.experiments.distill_making import Told
 from lottery_lightning.experiments.distill_report import cells, sentence
-from lottery_lightning.experiments.distill_sets import tiled
+from lottery_lightning.experiments.distill_sets import Sets, tiled
 from lottery_lightning.experiments.finished import weights_of
-from lottery_lightning.experiments.runs import Run, Runner, dense_fit
+from lottery_lightning.experiments.runs import Run, Runner, dense_fit, stable_seed
 from lottery_lightning.experiments.store import working_on
 from lottery_lightning.figures.distill import images_figure, tiles
 from lottery_lightning.networks import ConvNet
@@ -34,6 +34,10 @@ NAMES = ("whole", "random", "herding", "k-means", "distribution matching")
 def task(lr=0.05):
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)  # noqa: E731
     return ImageClassifier(ConvNet(depth=1, width=4, size=8, channels=1), optimizer=sgd)
+
+
+def wider():
+    return ImageClassifier(ConvNet(depth=1, width=5, size=8, channels=1))
 
 
 def experiment(folder, **options):
@@ -103,9 +107,12 @@ def test_a_set_says_what_it_is(finished, real, trial, name):
     assert made.preprocessing.difference(Digits().preprocessing) is None
     assert made.provenance["data"] == "Digits"
     assert made.provenance["split_seed"] == 0
+    assert made.provenance["seed"] == trial
     if name == "distribution matching":
         assert (made.provenance["steps"], made.provenance["real_points"]) == (12, 960)
         assert made.provenance["start"] == "random"
+        assert made.provenance["making_seed"] == stable_seed(trial, "making")
+        assert made.provenance["hyperparameters"] == {"lr": 1.0, "momentum": 0.5, "real_batch": 8}
     else:
         chosen = made.provenance["indices"]
         assert torch.equal(made.images, real["train"][0][chosen])
@@ -170,6 +177,8 @@ def test_tiles_are_a_row_a_class_with_white_seams():
     assert grid[5:7, 11:14].unique().tolist() == pytest.approx([0.5])
     assert grid[0].unique().tolist() == grid[:, 4].unique().tolist() == [1]
     assert tiles(pixels.repeat(1, 3, 1, 1), classes=3).shape == (3 * 4, 2 * 5, 3)
+    several = torch.stack([pixels, 3 * pixels], 1).squeeze(2)  # no picture's channels: their mean
+    assert tiles(several / 4, classes=2)[5:7, 11:14].unique().tolist() == pytest.approx([0.25])
 
 
 def test_a_rerun_does_nothing_again(finished, monkeypatch):
@@ -197,18 +206,59 @@ def test_a_torn_making_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch
     monkeypatch.undo()
     assert list((tmp_path / "trial_0" / "making" / "resume").iterdir())
     assert not (tmp_path / "trial_0" / "sets" / "distribution_matching.safetensors").exists()
-    steps = []
+    steps, threads = [], set()
     step = Distiller.training_step
-    monkeypatch.setattr(Distiller, "training_step", lambda *of: steps.append(of[0].global_step) or step(*of))
+
+    def counted(self, *batch):
+        steps.append(self.global_step)
+        threads.add(torch.get_num_threads())
+        return step(self, *batch)
+
+    torch.set_num_threads(2)  # what a rerun finds, where no run comes before the making
+    monkeypatch.setattr(Distiller, "training_step", counted)
     monkeypatch.setattr(Distiller, "distilled_set", None)  # and once more, between the fit and the file
     with pytest.raises(TypeError, match="not callable"):
         run(tmp_path, baselines=["random"])
+    assert threads == {1}
     assert steps == list(range(8, 12))  # checkpoints are at every second step, which divides 6 and 100
     monkeypatch.undo()
     run(tmp_path, baselines=["random"])
     for name in ("sets/distribution_matching.safetensors", "making/losses.json", "pictures/start_and_end.png"):
         assert (tmp_path / "trial_0" / name).read_bytes() == (finished[0] / "trial_0" / name).read_bytes()
-    assert not (tmp_path / "trial_0" / "making" / "resume").exists()
+    resume = tmp_path / "trial_0" / "making" / "resume"
+    assert not resume.exists()
+    resume.mkdir()  # as a kill leaves it between the set's file and the removal
+    run(tmp_path, baselines=["random"])
+    assert not resume.exists()
+
+
+def test_images_that_are_not_finite_end_the_making_before_they_are_kept(tmp_path):
+    method = DistributionMatching(1e38, real_batch=2)
+    making = Making(max_steps=6, picture_every=4, checkpoint_seconds=0)
+    with pytest.raises(ValueError, match=r"^an image is not finite at step 4: the making diverged, lower .*lr=1e\+38$"):
+        run(tmp_path, method=method, making=making, baselines=[])
+    assert [path.name for path in (tmp_path / "trial_0" / "pictures").iterdir()] == ["step_00000.png"]
+    assert not list(tmp_path.rglob("resume-*.ckpt"))
+
+
+def test_features_are_embedded_once_in_the_precision_of_the_run(tmp_path, real, monkeypatch):
+    embed, found = Sets.embed, []
+    monkeypatch.setattr(Sets, "embed", lambda *given: found.append(embed(*given)) or found[-1])
+    whole = Training(max_steps=3, val_every="3it", threads=1, trainer={"precision": "64-true"})
+    run(tmp_path, baselines=["herding", "k-means"], whole=whole, making=Making(max_steps=1))
+    model = task().double()
+    model.load_state_dict(weights_of(tmp_path / "trial_0" / "whole" / "final.ckpt"))
+    with torch.no_grad():
+        expected = model.network.features(real["train"][0].double())
+    assert len(found) == 1
+    torch.testing.assert_close(found[0], expected)
+    assert rows_of(tmp_path)[1]["making_real_points"] == rows_of(tmp_path)[2]["making_real_points"]
+
+
+def test_several_processes_are_refused_in_making_too(tmp_path):
+    making = Making(max_steps=1, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
+    with pytest.raises(ValueError, match="start the command once per device"):
+        run(tmp_path, making=making, baselines=[])
 
 
 def test_a_trial_that_another_process_works_on_is_left_to_it(tmp_path):
@@ -300,6 +350,10 @@ def test_the_command_line_refuses_a_folder_of_another_experiment(tmp_path, capsy
         ({"batch_size": 0}, "batch_size=0"),
         ({"baselines": ["best"]}, "baselines names 'best': choose of random, herding, k-means"),
         ({"baselines": ["random", "random"]}, "baselines: give each of them once"),
+        (
+            {"whole_model": wider()},
+            "^whole_model has another network than model: change its optimizer and schedule alone",
+        ),
         ({"network": "body"}, "network='body' is no submodule of ImageClassifier"),
         ({"images": Images(per_class=500)}, "images, and per_class=500 are asked for"),
         ({"images": Images(per_class=60, factor=2)}, "images, and per_class=240 are asked for"),
@@ -319,7 +373,18 @@ def test_data_and_networks_that_cannot_be_distilled_are_refused(tmp_path):
     model = task()
     model.network = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(ValueError, match="Sequential has no Linear layer"):
-        Distill(model, Digits(), tmp_path, METHOD, IMAGES).run()
+        Distill(model, Digits(), tmp_path, METHOD, IMAGES, baselines=[]).run()
+    with pytest.raises(ValueError, match="Sequential has no Linear layer"):
+        Distill(model, Digits(), tmp_path, GradientMatching(), IMAGES, baselines=["random", "k-means"]).run()
+
+
+def test_where_nothing_needs_features_the_network_may_have_none(tmp_path):
+    method, making = GradientMatching(real_batch=2, training_epochs=0), Making(max_steps=1)
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    model = ImageClassifier(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), optimizer=sgd)
+    with contextlib.redirect_stdout(io.StringIO()):
+        Distill(model, Digits(), tmp_path, method, IMAGES, ["random"], making=making, training=SHORT).run()
+    assert [row["method"] for row in rows_of(tmp_path)] == ["whole", "random", "gradient matching"]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +396,10 @@ def test_data_and_networks_that_cannot_be_distilled_are_refused(tmp_path):
         (lambda: Images(augmentation="crop_blur"), "names 'blur'"),
         (lambda: Making(max_steps=0), "max_steps=0, picture_every=1000: give 1 at least"),
         (lambda: Making(picture_every=0), "picture_every=0: give 1 at least"),
-        (lambda: Making(trainer={"max_epochs": 3}), "names max_epochs: the experiment sets that itself"),
+        (
+            lambda: Making(trainer={"max_epochs": 3}),
+            "^making.trainer names max_epochs: the experiment sets that itself",
+        ),
     ],
 )
 def test_what_no_set_can_be_is_refused(make, message):
@@ -357,8 +425,12 @@ def test_means_deviations_and_margins_are_over_trials():
     assert [one["acc_minus_random"] for one in found] == [0.45, 0.0, 0.25]
     assert (found[2]["test_acc"], found[2]["test_acc_min"], found[2]["test_acc_max"]) == (0.7, 0.6, 0.8)
     assert found[2]["test_acc_sd"] == pytest.approx(0.02**0.5, abs=1e-5)
-    assert "+25.00 points beside the best of as many real images (random: 45.00%)" in sentence(found)
-    assert sentence(found).endswith("trained on all 10 real images it reaches 90.00%.")
+    assert "70.00% test accuracy (mean of 2 trials), +25.00 points beside the best of as" in sentence(found, 2)
+    assert "many real images (random: 45.00%)" in sentence(found, 2)
+    assert sentence(found, 2).endswith("trained on all 10 real images it reaches 90.00%.")
     alone = list(cells([{**one, "acc_minus_random": None} for one in rows[::2][:2]]))
     assert (alone[0]["test_acc_sd"], alone[0]["acc_minus_random"]) == (None, None)
-    assert "beside" not in sentence(alone)
+    assert "beside" not in sentence(alone, 1)
+    assert "made by matching, the network reaches 60.00% test accuracy (one trial); trained" in sentence(alone, 1)
+    decoded = sentence([found[0], {**found[2], "decoded": 40}], 2)
+    assert decoded.startswith("Trained on 10 images (40 decoded) made by matching")
