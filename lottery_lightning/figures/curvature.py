@@ -44,7 +44,7 @@ def curvature_figure(rows: Sequence[Row]) -> bytes:
     top = max(value for row in rows for value in row["spectrum"]["values"])
     density.set_ylim(top * 1e-9, top * 3)
     density.set_xscale("symlog", linthresh=max(row["spectrum"]["width"] for row in rows))
-    ends.set_xticks(range(len(names)), names)
+    ends.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     ends.set(ylabel=f"trace (o) and largest eigenvalue (^) of the {kind}")
     if min(row[key] for row in rows for key in ("trace", "largest")) > 0:
         ends.set_yscale("log")
