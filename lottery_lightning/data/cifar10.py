@@ -14,9 +14,8 @@ from lottery_lightning.data.datamodule import Split, TensorDataModule, hold_out
 from lottery_lightning.data.distilled_set import DistilledSet
 from lottery_lightning.data.preprocessing import CHUNK, Preprocessing
 
-MEAN = torch.tensor([0.4914, 0.4822, 0.4465])
-DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616])
 NORMALISED = Preprocessing((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+MEAN, DEVIATION = torch.tensor(NORMALISED.mean), torch.tensor(NORMALISED.deviation)
 
 
 class CIFAR10(TensorDataModule):

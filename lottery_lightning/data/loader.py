@@ -1,12 +1,12 @@
 """Batches from tensors that lie on the training device: no worker processes, no collation, no copies."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lottery_lightning.data.draws import generator
 from lottery_lightning.data.visits import Visit, Visits
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -36,8 +36,7 @@ class EpochOrder:
         return self._generator("batch", self.batch, rank)
 
     def _generator(self, *parts: object) -> torch.Generator:
-        mixed = random.Random("/".join(map(str, (self.seed, self.level, self.epoch, *parts)))).getrandbits(63)
-        return torch.Generator().manual_seed(mixed)
+        return generator(self.seed, self.level, self.epoch, *parts)
 
 
 class TensorLoader:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lottery_lightning.data.augment import SiameseAugmentation
 from lottery_lightning.data.distilled_set import DistilledSet, decode
+from lottery_lightning.data.draws import generator
 from lottery_lightning.data.preprocessing import Preprocessing
-from lottery_lightning.distillation.draws import draw_network, generator
+from lottery_lightning.distillation.draws import draw_network
 from lottery_lightning.distillation.matching import Matching
 from lottery_lightning.distillation.real_batches import indices_of_classes
 

@@ -1,21 +1,9 @@
-"""What distillation draws: from a seed and its purpose alone, so that a resumed fit draws what an unbroken one does."""
+"""Networks drawn from a seed and a purpose alone, so that a resumed fit draws what an unbroken one does."""
 
-import random
-
-import torch
 from torch import nn
 
 from lottery_callbacks.apply_ticket import reinitialise
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed that all of `parts` decide together."""
-    return random.Random("/".join(map(str, parts))).getrandbits(63)
-
-
-def generator(*parts: object) -> torch.Generator:
-    """A generator on the CPU, seeded by all of `parts` together."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
+from lottery_lightning.data.draws import derived_seed
 
 
 def draw_network(network: nn.Module, *parts: object) -> None:

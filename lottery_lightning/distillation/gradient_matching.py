@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from lottery_callbacks.functional.running_statistics import batch_norms, estimate_anew
 from lottery_lightning.data.augment import SiameseAugmentation
-from lottery_lightning.distillation.draws import draw_network, generator
+from lottery_lightning.data.draws import generator
+from lottery_lightning.distillation.draws import draw_network
 from lottery_lightning.distillation.matching import Matching, set_modes
 
 # Images a class -> (steps at one network, epochs of its training between two), as the published code has them.

@@ -6,8 +6,8 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lottery_lightning.data.draws import generator
 from lottery_lightning.data.loader import TensorLoader
-from lottery_lightning.distillation.draws import generator
 
 
 class RealBatches(L.LightningDataModule):

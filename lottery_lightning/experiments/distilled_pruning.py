@@ -188,16 +188,16 @@ class DistilledPruning:
         spent: list[Mapping[str, Any]] = [
             read_json(run.run_dir / "cost.json") for run in self.lotteries[name].plan(trial) if run.level < level
         ]
-        of_set = set_of(self.run_dir / name)
-        factor, points = of_set.pop("factor"), [run["points"] for run in spent]
+        of_set, points = set_of(self.run_dir / name), [run["points"] for run in spent]
         decoded = None if None in points else sum(points)  # a data module may have a loader of its own
-        of_set.pop("sha256", None)
         return {
             "runs": len(spent),
             "decoded_points": decoded,
-            "stored_points": None if decoded is None else decoded / factor**2,
+            "stored_points": None if decoded is None else decoded / of_set["factor"] ** 2,
             "seconds": sum(run["seconds"] for run in spent),
-        } | of_set
+            "making_points": of_set["making_points"],
+            "making_seconds": of_set["making_seconds"],
+        }
 
 
 def _pattern(path: Path) -> str:

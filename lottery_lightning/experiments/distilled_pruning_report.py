@@ -53,15 +53,15 @@ def cells(rows: Sequence[Row], ledger: Sequence[Row]) -> list[Row]:
     against = next((row["route"] for row in ledger if row["real"]), ledger[0]["route"])
     for (route, level), cell in groupby(rows, lambda row: (row["route"], row["level"])):
         pairs = list(cell)
-        accuracies = list(_accuracies(pairs).values())
+        ends = _accuracies(pairs)
         values = [row["lines"]["plain"].instability for row in pairs]
         one = {"route": route, "level": level, "density": mean(row["density"] for row in pairs)}
         one |= {
             "trials": len({row["trial"] for row in pairs}),
-            "copies": len({copy for _, copy in _accuracies(pairs)}),
+            "copies": len({copy for _, copy in ends}),
             "pairs": len(pairs),
         }
-        for name, some in (("test_acc", accuracies), ("instability", values)):
+        for name, some in (("test_acc", list(ends.values())), ("instability", values)):
             one |= {name: mean(some), f"{name}_min": min(some), f"{name}_max": max(some)}
         one |= {"barrier": mean(row["lines"]["plain"].barrier for row in pairs)}
         spent, theirs = (_spent(ledger, name, level) for name in (route, against))

@@ -6,8 +6,9 @@ from torch import nn
 
 from lottery_lightning.data.augment import SiameseAugmentation
 from lottery_lightning.data.distilled_set import decode
+from lottery_lightning.data.draws import generator
 from lottery_lightning.distillation import DistributionMatching, RealBatches
-from lottery_lightning.distillation.draws import draw_network, generator
+from lottery_lightning.distillation.draws import draw_network
 
 METHOD = DistributionMatching(real_batch=5)
 

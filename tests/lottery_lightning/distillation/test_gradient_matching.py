@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lottery_lightning.data.augment import SiameseAugmentation
+from lottery_lightning.data.draws import generator
 from lottery_lightning.distillation import GradientMatching, RealBatches
-from lottery_lightning.distillation.draws import draw_network, generator
+from lottery_lightning.distillation.draws import draw_network
 
 METHOD = GradientMatching(real_batch=5)
 
