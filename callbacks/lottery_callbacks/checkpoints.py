@@ -4,10 +4,14 @@ import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
+
+from lottery_callbacks.loader_order import LoaderOrder, observe
+from lottery_callbacks.masked_training import of_all_processes, of_this_process
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -48,6 +52,25 @@ class ResumeCheckpoint(Checkpoint):
         self.dirpath = Path(dirpath)
         self.seconds = seconds
         self._written_at = time.monotonic()
+        self._order: LoaderOrder | None = None
+        self._resumed: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._resumed = {}  # a checkpoint's state, if any, is loaded after this
+        self._order = observe(trainer) if stage == "fit" else None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._resumed:
+            observe(trainer).resume(of_this_process(trainer, self._resumed["random_states"]))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._order = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_states": of_all_processes(self._order.state_dict())} if self._order else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or getattr(trainer, "fast_dev_run", False):

@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.loader_order import LoaderOrder, observe
 from lottery_callbacks.names import named_parameters
 from lottery_callbacks.sharding import refuse_sharded
 
@@ -56,11 +57,15 @@ class MaskedTraining(L.Callback):
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
         self._once_a_visit = False
+        self._order: LoaderOrder | None = None
+        self._said: set[str] = set()  # warnings of loaders, once for all fits
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
+            self._order = observe(trainer)
+            self._order.said = self._said
             callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
             setters = [type(callback).__name__ for callback in callbacks if isinstance(callback, MaskedTraining)]
             if len(setters) > 1:
@@ -87,7 +92,7 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
-        random_state.restore(of_this_process(trainer, state["random_states"]))
+        observe(trainer).resume(of_this_process(trainer, state["random_states"]))
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -160,13 +165,17 @@ class MaskedTraining(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._order = None
+
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._bits, self._checked = [], {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self.fit_masks), "random_states": of_all_processes(random_state.collect())}
+        state = self._order.state_dict() if self._order else random_state.collect()
+        return {"masks": dict(self.fit_masks), "random_states": of_all_processes(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -31,6 +31,48 @@ def restore(state: dict[str, Any]) -> None:
         sys.modules["numpy"].random.set_state(state["numpy"])
 
 
+def is_generator(value: Any) -> bool:
+    """Whether `value` is a random generator of its own, of torch, Python or NumPy."""
+    if isinstance(value, torch.Generator | random.Random):
+        return not isinstance(value, random.SystemRandom)
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
+
+
+def of_generator(generator: Any) -> Any:
+    """The state of a generator, as tensors and primitives."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return _primitive(_numpy_state(generator))
+
+
+def set_generator(generator: Any, state: Any) -> None:
+    """Go back to a state that `of_generator` gave."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        version, keys, gauss = state
+        generator.setstate((version, tuple(keys), gauss))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _numpy_state(generator: Any) -> Any:
+    if hasattr(generator, "bit_generator"):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)  # of a RandomState, with its waiting Gaussian
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _primitive(item) for key, item in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 @contextmanager
 def forked() -> Iterator[None]:
     """A block that may draw as it likes: the state is put back after it."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lottery_callbacks.fit_steps import in_steps
+from lottery_callbacks.loader_order import observe
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
 
@@ -115,6 +116,8 @@ def training_state(trainer: L.Trainer) -> dict[str, Any]:
         "precision": trainer.precision_plugin.state_dict(),
         "loops": in_steps(trainer.fit_loop.state_dict(), trainer.train_dataloader, trainer.global_step),
     }
+    if order := observe(trainer).inside_epoch():
+        state["order"] = order
     return to_cpu(state)
 
 
@@ -134,6 +137,7 @@ def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
         _load_loops(trainer, state["loops"])
+        observe(trainer).rewind(state.get("order", {}))
     if "learning_rates" in state:
         trainer.lr_scheduler_configs.clear()
         for optimizer, rates in zip(trainer.optimizers, state["learning_rates"], strict=True):
