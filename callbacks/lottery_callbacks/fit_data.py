@@ -6,10 +6,10 @@ from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from torch.utils.data import DataLoader
 
 from lottery_callbacks import random_state
+from lottery_callbacks.loader_state import generators_of
 
 
 def load_validation_data(trainer: L.Trainer) -> None:
@@ -90,10 +90,7 @@ def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
 
     Persistent workers are left alone: others read here, since theirs would begin anew and not draw when they should.
     """
-    parts = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
-    parts += [getattr(part, "sampler", None) for part in parts]  # a batch sampler has one of its own
-    found = [getattr(part, "generator", None) for part in (*loaders, *parts)]
-    generators = [(one, one.get_state()) for one in found if isinstance(one, torch.Generator)]
+    generators = [(one, random_state.of_generator(one)) for loader in loaders for one in generators_of(loader)]
     begun = [(loader, loader._iterator) for loader in loaders if isinstance(loader, DataLoader)]
     for loader, _ in begun:
         loader._iterator = None
@@ -106,7 +103,7 @@ def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         for generator, state in generators:
-            generator.set_state(state)
+            random_state.set_generator(generator, state)
         for loader, iterator in begun:
             loader._iterator = iterator
         for loader, place, visits in places:

@@ -16,21 +16,20 @@ since the workers' own random state is not known here; at an epoch's end they ar
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader
 
 from lottery_callbacks import random_state
+from lottery_callbacks.loader_state import collect, indexed, keeps_position, positioned, reason_to_stop, restore
 
-KNOWN_SAMPLERS = "torch.utils.data."  # their order is a function of seeds, generators and `set_epoch`
 LIGHTNING_WARNING = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -39,7 +38,8 @@ class LoaderOrder:
 
     Attributes:
         drawn: the random states from which the present epoch's order was drawn: "iter", before its iterators were
-            made, and "first", before its first batch was asked for. Loaders without workers draw at the latter.
+            made, and "first", before its first batch was asked for, where loaders without workers draw; "kept" says
+            which loaders keep their workers from the epoch before.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -55,7 +55,7 @@ class LoaderOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of this process now, with the order of the running epoch, as tensors and primitives."""
-        return _collect(self._loaders()) | {"order": dict(self.drawn)}
+        return collect(self._loaders()) | {"order": dict(self.drawn)}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state_dict`; call from `on_fit_start`.
@@ -68,7 +68,7 @@ class LoaderOrder:
 
     def inside_epoch(self) -> dict[str, Any]:
         """`drawn` where the epoch of the batch just trained goes on after it, else empty; for rewind points."""
-        ordinary = any(isinstance(loader, DataLoader) and not _keeps_position(loader) for loader in self._loaders())
+        ordinary = any(isinstance(loader, DataLoader) and not keeps_position(loader) for loader in self._loaders())
         if self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or not ordinary:
             return {}
         self._warn(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -86,21 +86,21 @@ class LoaderOrder:
 
     def begin_drawing(self) -> None:
         """Before the iterators of an epoch are made."""
-        self._waits = any(map(_indexed, self._loaders()))
+        self._waits = any(map(indexed, self._loaders()))
         loaders = self._loaders()
         kept = [getattr(loader, "_iterator", None) is not None for loader in loaders]  # draw nothing for workers
-        self.drawn = {"iter": _collect(loaders), "kept": kept} if self._waits else {}
+        self.drawn = {"iter": collect(loaders), "kept": kept} if self._waits else {}
 
     def before_batch(self) -> None:
         """Before each batch; the first one is where loaders without workers draw."""
         if self._waits:
             self._waits = False
-            self.drawn.setdefault("first", _collect(self._loaders()))
+            self.drawn.setdefault("first", collect(self._loaders()))
 
     def before_epoch(self) -> None:
         """At the start of each epoch, before its hooks."""
         if self._resumed:
-            _restore(self._resumed, self._loaders())
+            restore(self._resumed, self._loaders())
             self._resumed = None
 
     def after_iterators(self, fetcher: Any, setup: Any) -> None:
@@ -113,20 +113,21 @@ class LoaderOrder:
         assert combined is not None
         if done:
             self._warn(done, saved)
-            if saved and any(map(_indexed, loaders)):
+            if saved and any(map(indexed, loaders)):
                 self._continue(combined, saved, done)
-        elif self._is_resumed and combined._iterator is setup and not any(map(_keeps_position, loaders)):
+        elif self._is_resumed and combined._iterator is setup and not any(map(keeps_position, loaders)):
             iter(fetcher)  # Lightning would use the iterator that it made before the hooks of this epoch
 
     def _continue(self, combined: CombinedLoader, drawn: dict[str, Any], done: int) -> None:
         """Put iterators in place that go on after `done` batches of the order that was `drawn`."""
         loaders, iterator = combined.flattened, combined._iterator
         assert iterator is not None
-        with _positioned(drawn["iter"], loaders, put_back=self._is_resumed):
+        with positioned(drawn["iter"], loaders, put_back=self._is_resumed):
             for place, loader in enumerate(loaders):
-                if _indexed(loader):
+                if indexed(loader):
                     first = drawn["iter"] if drawn["kept"][place] else None if loader.num_workers else drawn["first"]
-                    rest = _skipping(loader, done, first, put_back=self._is_resumed)
+                    own = first and first | {"generators": first["generators"][place : place + 1]}
+                    rest = _skipping(loader, done, own, put_back=self._is_resumed)
                     iterator.iterators[place] = iter(rest)
                     loader._iterator = rest._iterator  # that of persistent workers
         iterator._idx = done
@@ -135,8 +136,8 @@ class LoaderOrder:
     def _warn(self, done: int, drawn: dict[str, Any] | None = None) -> None:
         """Say once, where the loaders cannot go on after `done` batches of an epoch, what differs."""
         loaders = self._loaders()
-        reasons = [reason for one in loaders if (reason := _reason(one, done, others=len(loaders) > 1))]
-        if drawn is not None and not drawn and not reasons and any(map(_indexed, loaders)):
+        reasons = [why for one in loaders if (why := reason_to_stop(one, done, others=len(loaders) > 1))]
+        if drawn is not None and not drawn and not reasons and any(map(indexed, loaders)):
             reasons = ["the checkpoint or rewind point does not hold the order of its epoch"]
         if reasons and reasons[0] not in self.said:
             self.said.add(reasons[0])
@@ -166,7 +167,7 @@ def observe(trainer: L.Trainer) -> LoaderOrder:
     def observed() -> None:  # between making the loaders and their iterators
         load_states()
         combined = loop._combined_loader
-        kind = type(combined)
+        kind: Any = type(combined)
         combined.__class__ = _observed(kind.__base__ if hasattr(kind, "observed") else kind, order)
 
     def quiet_reset() -> None:  # Lightning's own warning would be wrong here, or said twice
@@ -227,106 +228,8 @@ def _skipping(loader: DataLoader, count: int, first: dict[str, Any] | None, put_
     None is for workers that are started: they ask for the indices at once, after the draw of their own seed.
     """
     name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-    begin = nullcontext if first is None else partial(_positioned, first, [loader], put_back)
+    begin = nullcontext if first is None else partial(positioned, first, [loader], put_back)
     twin = copy.copy(loader)
     vars(twin)[name] = _Skipping(getattr(loader, name), count, begin)  # a DataLoader forbids to set it
     vars(twin)["_iterator"] = None
     return twin
-
-
-# ---- what can be repeated
-
-
-def _keeps_position(loader: Any) -> bool:
-    return isinstance(loader, _Stateful)
-
-
-def _indexed(loader: Any) -> bool:
-    """Whether the loader's order is one of indices, and nobody else keeps its position."""
-    ordinary = isinstance(loader, DataLoader) and not _keeps_position(loader)
-    return ordinary and not isinstance(loader.dataset, IterableDataset)
-
-
-def _reason(loader: Any, done: int, others: bool) -> str | None:
-    """Why `loader` cannot go on after `done` batches of an epoch; None where it can."""
-    if _keeps_position(loader):
-        return None
-    if not isinstance(loader, DataLoader):
-        return f"{type(loader).__name__} is not a DataLoader and has no state_dict"
-    if not _indexed(loader):
-        return f"its data set {type(loader.dataset).__name__} is iterable and keeps no position"
-    if others and done >= len(loader):
-        return "a shorter loader beside it has begun again within the epoch"
-    unknown = [part for part in _samplers(loader) if not type(part).__module__.startswith(KNOWN_SAMPLERS)]
-    if unknown and not _repeats(loader):
-        return f"{type(unknown[0]).__name__} draws another order each time, from no generator or seed that it holds"
-    return None
-
-
-def _samplers(loader: DataLoader) -> list[Any]:
-    parts = [loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    return [part for part in parts if part is not None]
-
-
-def _repeats(loader: DataLoader, count: int = 64) -> bool:
-    """Whether the loader's sampler, asked twice at one random state, gives the same order; leaves both as they are."""
-    sampler, orders = copy.copy(loader.batch_sampler or loader.sampler), []
-    for _ in range(2):
-        with _positioned(None, [loader]):
-            orders.append([_plain(index) for index in islice(iter(sampler), count)])
-    return orders[0] == orders[1]
-
-
-def _plain(index: Any) -> Any:
-    return index.tolist() if hasattr(index, "tolist") else index
-
-
-# ---- random states, also of what the loaders hold
-
-
-def _collect(loaders: Sequence[Any]) -> dict[str, Any]:
-    return random_state.collect() | {"generators": [random_state.of_generator(g) for g in generators_of(loaders)]}
-
-
-def _restore(state: dict[str, Any], loaders: Sequence[Any]) -> None:
-    random_state.restore(state)
-    found, saved = generators_of(loaders), state.get("generators", [])
-    if len(found) == len(saved):
-        for generator, one in zip(found, saved, strict=True):
-            random_state.set_generator(generator, one)
-
-
-@contextmanager
-def _positioned(state: dict[str, Any] | None, loaders: Sequence[Any], put_back: bool = True) -> Iterator[None]:
-    """A block that begins at `state`, or where it is; after it the global random state is as before.
-
-    So are the loaders' generators if they are `put_back`; else they go on from where the block left them.
-    """
-    before = _collect(loaders if put_back else ())
-    if state is not None:
-        _restore(state, loaders)
-    try:
-        yield
-    finally:
-        _restore(before, loaders)
-
-
-def generators_of(loaders: Sequence[Any]) -> list[Any]:
-    """The random generators that loaders, their samplers and data sets hold, each once, in a fixed order."""
-    found: dict[int, Any] = {}
-    seen: set[int] = set()
-
-    def search(value: Any) -> None:
-        if random_state.is_generator(value):
-            found.setdefault(id(value), value)
-        elif isinstance(value, DataLoader | Sampler | Dataset) and id(value) not in seen:
-            seen.add(id(value))
-            for part in vars(value).values():
-                search(part)
-        elif isinstance(value, list | tuple) and len(value) <= 64:
-            for part in value:
-                search(part)
-
-    for loader in loaders:
-        search(loader)
-    return list(found.values())
