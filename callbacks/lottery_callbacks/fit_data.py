@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from torch.utils.data import DataLoader
 
 from lottery_callbacks import random_state
-from lottery_callbacks.loader_state import generators_of
+from lottery_callbacks.loader_state import positioned
 
 
 def load_validation_data(trainer: L.Trainer) -> None:
@@ -54,7 +54,7 @@ def validation_batches(trainer: L.Trainer, module: L.LightningModule) -> Iterato
     ]
     stage, trainer.validating = trainer.state.stage, True  # hooks of batches may ask
     try:
-        with random_state.forked(), _untouched(loaders):
+        with _untouched(loaders):
             yield chain.from_iterable(parts)
     finally:
         trainer.state.stage = stage
@@ -67,7 +67,7 @@ def training_batches(trainer: L.Trainer, count: int) -> list[Any]:
     our own loader keeps its place in the epoch, and gives batches also where the fit makes visits.
     """
     loader: Any = trainer.train_dataloader
-    with random_state.forked(), _untouched([loader]):
+    with _untouched([loader]):
         return list(islice(chain(loader, loader), count))  # ours goes on where the fit has ended in an epoch
 
 
@@ -86,11 +86,11 @@ def _limited(
 
 @contextmanager
 def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
-    """A block that may read loaders: what they draw from, and the places of our own, are put back; visits are off.
+    """A block that may read loaders; visits are off in it.
 
+    The global random state, the generators that loaders hold, and the places of our own are put back.
     Persistent workers are left alone: others read here, since theirs would begin anew and not draw when they should.
     """
-    generators = [(one, random_state.of_generator(one)) for loader in loaders for one in generators_of(loader)]
     begun = [(loader, loader._iterator) for loader in loaders if isinstance(loader, DataLoader)]
     for loader, _ in begun:
         loader._iterator = None
@@ -100,10 +100,9 @@ def _untouched(loaders: Sequence[Any]) -> Iterator[None]:
         if visits is not None:
             loader.visits = None
     try:
-        yield
+        with positioned(None, loaders):
+            yield
     finally:
-        for generator, state in generators:
-            random_state.set_generator(generator, state)
         for loader, iterator in begun:
             loader._iterator = iterator
         for loader, place, visits in places:

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.types import _Stateful
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from lottery_callbacks import random_state
 
@@ -66,7 +66,7 @@ def _plain(index: Any) -> Any:
 
 def collect(loaders: Sequence[Any]) -> dict[str, Any]:
     """The global random state, with that of the generators of each loader, as tensors and primitives."""
-    generators = [[random_state.of_generator(one) for one in generators_of(loader)] for loader in loaders]
+    generators = [[_state(one) for one in generators_of(loader)] for loader in loaders]
     return random_state.collect() | {"generators": generators}
 
 
@@ -76,7 +76,18 @@ def restore(state: dict[str, Any], loaders: Sequence[Any]) -> None:
     for loader, saved in zip(loaders, state.get("generators", []), strict=False):
         found = generators_of(loader)
         for generator, one in zip(found, saved, strict=True) if len(found) == len(saved) else ():
-            random_state.set_generator(generator, one)
+            _set_state(generator, one)
+
+
+def _state(source: Any) -> Any:
+    return source.seed if isinstance(source, DistributedSampler) else random_state.of_generator(source)
+
+
+def _set_state(source: Any, state: Any) -> None:
+    if isinstance(source, DistributedSampler):
+        source.seed = state
+    else:
+        random_state.set_generator(source, state)
 
 
 @contextmanager
@@ -95,7 +106,10 @@ def positioned(state: dict[str, Any] | None, loaders: Sequence[Any], put_back: b
 
 
 def generators_of(loader: Any) -> list[Any]:
-    """The random generators that a loader, its samplers and its data sets hold, each once, in a fixed order."""
+    """The random generators that a loader, its samplers and its data sets hold, each once, in a fixed order.
+
+    A `DistributedSampler` counts as one: its seed, which Lightning takes from `seed_everything`, gives its order.
+    """
     found: dict[int, Any] = {}
     seen: set[int] = set()
 
@@ -105,6 +119,8 @@ def generators_of(loader: Any) -> list[Any]:
         elif within or isinstance(value, DataLoader | Sampler | Dataset):
             if id(value) not in seen:
                 seen.add(id(value))
+                if isinstance(value, DistributedSampler):
+                    found[id(value)] = value
                 for name, part in vars(value).items() if hasattr(value, "__dict__") else ():
                     search(part, within="sampler" in name)  # those of one's own need not be a Sampler
         elif isinstance(value, list | tuple) and len(value) <= 64:

@@ -77,6 +77,19 @@ class Shuffled(Sampler):
         return 40
 
 
+class Drawn:
+    """An iterable of indices that is no Sampler and holds its generator."""
+
+    def __init__(self):
+        self.numpy = np.random.RandomState(7)
+
+    def __iter__(self):
+        return iter(self.numpy.permutation(40).tolist())
+
+    def __len__(self):
+        return 40
+
+
 class Buckets(BatchSampler):
     """Batches of one's own, drawn from the global state of Python as they are asked for."""
 
@@ -113,6 +126,11 @@ LOADERS = {  # 8 batches an epoch
         data, 5, shuffle=True, num_workers=2, generator=seeded_generator()
     ),
     "persistent workers": lambda data: DataLoader(data, 5, shuffle=True, num_workers=2, persistent_workers=True),
+    "two generators": lambda data: {
+        "a": DataLoader(data, 5, sampler=RandomSampler(data, replacement=True, generator=seeded_generator())),
+        "b": DataLoader(data, 5, sampler=RandomSampler(data, replacement=True, generator=seeded_generator())),
+    },
+    "an iterable of one's own": lambda data: DataLoader(data, 5, sampler=Drawn()),
     "two loaders": lambda data: {
         "a": DataLoader(data, 5, shuffle=True),
         "b": DataLoader(data, 5, shuffle=True, generator=seeded_generator()),

@@ -5,19 +5,24 @@ from ordinary_loaders import LOADERS, fit, torn
 from stranger import StopAt, bits
 
 
-@pytest.mark.parametrize("step", [5, 7, 13, 16, 23])
-@pytest.mark.parametrize("keeper", ["resume, each 3", "model, each 3"])
+@pytest.mark.parametrize(
+    ("keeper", "step"), [("resume, each 3", 13), ("resume, each 3", 17), ("model, each 3", 7), ("model, each 3", 23)]
+)
 @pytest.mark.parametrize("loader", [name for name in LOADERS if "workers" not in name])
 def test_a_torn_fit_sees_the_batches_and_ends_in_the_bits_of_an_unbroken_one(tmp_path, loader, keeper, step):
     whole, resumed, data = torn(tmp_path, loader, keeper, step)
     assert resumed.seen == whole.seen[-len(resumed.seen) :]
     assert bits(resumed) == bits(whole)
-    assert data.read == [index for _, _, batch in resumed.seen for index in batch] or loader == "two loaders"
+    assert data.read == [index for _, _, batch in resumed.seen for index in batch] or "two" in loader
 
 
-@pytest.mark.parametrize("keeper", ["resume, each epoch", "model, each epoch", "model, epoch ends"])
-@pytest.mark.parametrize("step", [9, 16, 20])
-@pytest.mark.parametrize("loader", ["shuffled", "generator", "numpy generator", "two loaders"])
+@pytest.mark.parametrize(
+    ("keeper", "step"),
+    [("resume, each epoch", 9), ("resume, each epoch", 16), ("model, each epoch", 20), ("model, epoch ends", 16)],
+)
+@pytest.mark.parametrize(
+    "loader", ["shuffled", "generator", "numpy generator", "an iterable of one's own", "two generators"]
+)
 def test_a_fit_torn_after_an_epoch_draws_the_next_order_as_an_unbroken_one(tmp_path, loader, keeper, step):
     whole, resumed, _ = torn(tmp_path, loader, keeper, step)
     assert resumed.seen == whole.seen[-len(resumed.seen) :]

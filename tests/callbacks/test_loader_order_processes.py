@@ -12,6 +12,8 @@ from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+import torch
+import torch.distributed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ordinary_loaders import LOADERS, Module, Points, fit
 from stranger import Interrupted, StopAt, bits, quiet
@@ -53,7 +55,7 @@ def test_a_killed_fit_ends_in_the_bits_of_an_unbroken_one(tmp_path, loader, keep
     assert bits(resumed) == bits(whole)
 
 
-def level(folder, run_dir, number, *callbacks, seed=0, keep=True):
+def level(folder, run_dir, number, *callbacks, seed=0):
     """One level of a lottery whose rewind point lies inside an epoch, on two ranks with a part of the data each."""
     imp = IterativeMagnitudePruning(rewind="3it", run_dir=run_dir)
     imp.select(number)
@@ -61,9 +63,11 @@ def level(folder, run_dir, number, *callbacks, seed=0, keep=True):
     trainer = quiet(
         folder, [imp, *callbacks, keeper], max_epochs=4, strategy="ddp", devices=2, enable_checkpointing=True
     )
-    L.seed_everything(seed + 7 * trainer.global_rank, verbose=False)  # dropout differs between the ranks
+    L.seed_everything(seed, verbose=False)  # also the seed of the DistributedSampler
+    torch.manual_seed(seed + 7 * trainer.global_rank)  # dropout differs between the ranks
     module = Module()
     trainer.fit(module, LOADERS["workers"](Points()), ckpt_path=newest_checkpoint(folder))
+    torch.distributed.barrier()  # rank 0 has written the ticket
     return {"seen": module.seen, "bits": bits(module)}
 
 
