@@ -9,12 +9,11 @@ import torch
 
 from lottery_callbacks.fit_steps import iterations
 from lottery_callbacks.functional.nm import indivisible, keep_n_of_m
-from lottery_callbacks.functional.slices import protect
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import named_parameters
-from lottery_callbacks.plan import require_held, with_reasons
-from lottery_callbacks.prunable import input_dim, places
+from lottery_callbacks.plan import with_reasons
+from lottery_callbacks.prunable import input_dim, places, slices_of
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.pruning_within_fit import PruningWithinFit, provenance
 
@@ -82,10 +81,11 @@ class NMPruning(PruningWithinFit):
         Raises:
             ValueError: nothing is left to prune, or `input_dims` does not fit the module.
         """
-        dims = self._input_dims(module)
+        dims, slices = self._input_dims(module), slices_of(module, self.masks)
         left = {name: "input dimension unknown: declare it in input_dims" for name in self.masks if name not in dims}
         for name in indivisible({name: self.masks[name] for name in dims}, self.m, dims):
             left[name] = f"input of {self.masks[name].shape[dims[name]]}, no multiple of {self.m}"
+        left |= {name: "weight_norm along its input" for name in dims if slices.get(name) == dims[name]}
         if left.keys() == self.masks.keys():
             raise ValueError(f"nothing to prune to {self.n}:{self.m}: there are {describe(with_reasons(left))}")
         return self.pruning.plan(module, left, by=f"{self.n}:{self.m}, {self.pruning}")
@@ -114,9 +114,7 @@ class NMPruning(PruningWithinFit):
 
     def update(self, trainer: L.Trainer, module: L.LightningModule, step: int, generator: torch.Generator) -> None:
         """Prune to the pattern."""
-        evidence, dims = self.evidence(trainer, module, generator), self._input_dims(module)
-        scores = protect(self.pruning.scores(evidence, self.masks), self.masks, evidence.slices)
-        known = {name: self.masks[name] for name in dims}
-        masks = self.masks | keep_n_of_m(scores, known, self.n, self.m, dims)
-        require_held(module, masks)
-        self.change_masks(trainer, module, masks)
+        scores = self.pruning.scores(self.evidence(trainer, module, generator), self.masks)
+        dims, slices = self._input_dims(module), slices_of(module, self.masks)
+        masks = {name: self.masks[name] for name, dim in dims.items() if slices.get(name) != dim}
+        self.change_masks(trainer, module, self.masks | keep_n_of_m(scores, masks, self.n, self.m, dims))

@@ -116,10 +116,12 @@ def left_by_default(name: str, parameter: nn.Parameter, held: Iterable[Place]) -
     names = [_label(name, place) for place in held]
     if any(is_norm(place.layer) for place in held):
         return "norm layer"
-    if any(_is_embedding(place.layer) for place in held) or any(map(_names_embedding, names)):
+    if any(_is_embedding(place.layer) for place in held):
         return "embedding"
     if any("bias" in own for own in names):
         return "bias"
+    if any(map(_names_embedding, names)):
+        return "embedding"
     if not any(input_dim_of(place) is not None for place in held) and not _is_matrix(parameter, held):
         return "no weight matrix"
     if unknown := [place.under for place in held if place.under not in ("", "prune", "weight_norm", "spectral_norm")]:

@@ -51,9 +51,9 @@ class Pruning:
     | named in `include`                                                                    | yes    |                 |
     | of a norm layer: torch's, or a class whose name ends with Norm, Norm1d, 2d or 3d      | no     | norm layer      |
     | of an embedding: torch's, or a class whose name ends with Embedding(s)                | no     | embedding       |
+    | its name contains "bias"                                                              | no     | bias            |
     | its name has a word that is pos or position(al), begins with emb or ends with embed,  | no     | embedding       |
     | or its last word is token(s) or prompt(s)                                             |        |                 |
-    | its name contains "bias"                                                              | no     | bias            |
     | neither a weight of torch's Linear, Bilinear, convolutions, recurrent layers and      | no     | no weight       |
     | attention or transformers' Conv1D, nor a `weight` of two dimensions, and has not two  |        | matrix          |
     | dimensions greater than 1: scalars, vectors, also of shape (C, 1, 1)                  |        |                 |

@@ -42,7 +42,7 @@ def keep_n_of_m(
 
 def indivisible(masks: Mapping[str, Tensor], m: int, dims: Mapping[str, int] | None = None) -> list[str]:
     """Names of the tensors without whole groups: their input dimension is absent, or no multiple of m."""
-    dims = {name: 1 for name in masks} | dict(dims or {})
+    dims = dict.fromkeys(masks, 1) | dict(dims or {})
     return [name for name, mask in masks.items() if mask.ndim <= dims[name] or mask.shape[dims[name]] % m]
 
 
