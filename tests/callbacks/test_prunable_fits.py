@@ -292,6 +292,23 @@ def test_an_embedding_with_sparse_gradients_trains_dense_or_is_held_at_zero(tmp_
     assert not torch.equal(before, after)
 
 
+def test_edge_popup_scores_a_lookup_with_sparse_gradients_as_one_with_dense_ones(tmp_path):
+    class Lookup(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.table, self.last, self.sparse = nn.Parameter(torch.randn(11, 6)), nn.Linear(6, 4), sparse
+
+        def forward(self, tokens):
+            return self.last(F.embedding(tokens, self.table, sparse=self.sparse).mean(1))
+
+    searches = {sparse: EdgePopup(0.5) for sparse in (False, True)}
+    for sparse, popup in searches.items():
+        fit(tmp_path, seeded(2, lambda sparse=sparse: Task(Lookup(sparse), momentum=0)), popup, tokens=True)
+    assert "net.table" in searches[True].masks
+    torch.testing.assert_close(searches[True].scores, searches[False].scores)
+    assert M.digest(searches[True].masks) == M.digest(searches[False].masks)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("score", ["magnitude", "gradient"])
 def test_complex_matrices_are_pruned_by_their_size_and_held_at_zero(tmp_path, dtype, score):
