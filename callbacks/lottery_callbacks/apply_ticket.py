@@ -6,6 +6,7 @@ from typing import Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lottery_callbacks import random_state
@@ -13,6 +14,8 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.messages import describe, one_of
 from lottery_callbacks.names import named_parameters, plain_modules
+from lottery_callbacks.plan import plan_of_masks, require_held
+from lottery_callbacks.prunable import require_values
 from lottery_callbacks.ticket import Ticket
 
 Weights = Literal["rewind", "reinit"]
@@ -64,9 +67,12 @@ class ApplyTicket(MaskedTraining):
         return self.ticket.masks
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        require_values(pl_module)
+        self.ticket.check(pl_module)
+        require_held(pl_module, self.masks)
+        rank_zero_info(plan_of_masks(pl_module, self.masks))
         resumes = self.resumes(trainer)
         if self.weights == "reinit":
-            self.ticket.check(pl_module)
             if not resumes:
                 reinitialise(pl_module, self.seed)
         else:

@@ -7,9 +7,8 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from lottery_callbacks.fit_steps import counts_steps, iterations, last_step, steps_per_epoch
@@ -21,7 +20,9 @@ from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import log_densities, require_agreement
 from lottery_callbacks.messages import describe, one_of
 from lottery_callbacks.names import named_parameters, owners
-from lottery_callbacks.pruning import NORMS, Pruning
+from lottery_callbacks.plan import with_reasons
+from lottery_callbacks.prunable import is_norm, places, require_values
+from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import RewindPoint, snapshot, to_cpu
 from lottery_callbacks.score_training import ScoreTraining
 from lottery_callbacks.ticket import Ticket
@@ -133,10 +134,14 @@ class EdgePopup(ScoreTraining):
         _require_plain(pl_module)
         parameters = self.pruning.prunable(pl_module)
         if not parameters:
-            raise ValueError("nothing to score: no trainable weight matrix is left; exclude fewer")
+            there = describe(with_reasons(self.pruning.excluded(pl_module)))
+            raise ValueError(f"nothing to score: no trainable weight matrix is left; exclude fewer: there are {there}")
         self.pruning.check(pl_module)
+        if numbers := [name for name, parameter in parameters.items() if parameter.is_complex()]:
+            raise ValueError(f"{describe(numbers)} is complex, and its scores would have no order: exclude it")
+        rank_zero_info(self.pruning.plan(pl_module, by=f"edge-popup, {self.scope}"))
         self._names = {parameter: name for name, parameter in parameters.items()}
-        norms = [p for p in pl_module.parameters() if any(isinstance(part, NORMS) for part in owners(pl_module, p))]
+        norms = [p for p in pl_module.parameters() if any(map(is_norm, owners(pl_module, p)))]
         self._trained = set(norms) if self.norms == "trained" else set()
         self._end = self.end.count if self.end else 0  # before the first step it matters only whether it is 0
         self.step, self.ticket = 0, None
@@ -251,9 +256,12 @@ def _require_plain(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if is_parametrized(part):
             raise ValueError(f"{name} has parametrizations: make them permanent (remove_parametrizations)")
-    lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
-    if lazy:
-        raise ValueError(f"{describe(lazy)} have no shape yet: run the module on one batch before the fit")
+    held, own = places(module), named_parameters(module)
+    for name, under in [(name, place.under) for name, parameter in own.items() for place in held[parameter]]:
+        if under:
+            remove = "prune.remove" if under == "prune" else f"remove_{under}"
+            raise ValueError(f"{name} is under {under} of torch.nn.utils: make it permanent ({remove})")
+    require_values(module)
 
 
 def _like(parameters: dict[str, nn.Parameter], tensors: Tensors) -> Tensors:

@@ -89,8 +89,9 @@ class GradualPruning(PruningWithinFit):
         for target in geometric(M.density(before), self._sparsity(step), self.rounds):
             budget = budget_at(target, self.masks, self.pruning.scope)
             if sum(budget.values()) < sum(M.kept(self.masks).values()):
-                scores = self.pruning.scores(self.evidence(trainer, module, generator), self.masks)
-                self.change_masks(trainer, module, M.keep_highest(scores, self.masks, budget))
+                evidence = self.evidence(trainer, module, generator)
+                scores = self.pruning.scores(evidence, self.masks)
+                self.change_masks(trainer, module, self.pruning.select(evidence, scores, self.masks, budget))
         if self.masks is not before:
             following = next((after for after in self.updates if after > step), step)
             budget = budget_at(self._sparsity(following), self.masks, self.pruning.scope)

@@ -20,6 +20,7 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import require_agreement
 from lottery_callbacks.messages import one_of
+from lottery_callbacks.plan import plan_of_masks, require_held
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.pruning_callback import PruningCallback
 from lottery_callbacks.rewinding import RewindPoint, snapshot
@@ -157,27 +158,28 @@ class IterativeMagnitudePruning(PruningCallback):
         self.pruning.check(pl_module)
         if self.level:
             assert self.ticket is not None
+            self.ticket.check(pl_module)
+            require_held(pl_module, self.masks)
+            rank_zero_info(plan_of_masks(pl_module, self.masks))
             start_from(self.ticket, trainer, pl_module, self.resumes(trainer))
         else:
             self._start_dense(trainer, pl_module)
         self.apply_masks(trainer, pl_module)
 
     def _start_dense(self, trainer: L.Trainer, module: nn.Module) -> None:
-        self.masks = {name: mask.cpu() for name, mask in M.ones(self.pruning.prunable(module)).items()}
+        self.masks = self.pruning.initial_masks(module)
         self.ticket = None
+        rank_zero_info(self.plan(module))
         if self.resumes(trainer):
             if self._resumed["captured"]:
                 self.ticket = Ticket.load(self.ticket_path(0))
             return
-        rank_zero_info(self.plan(module))
         if not self.rewind.count:
             self._capture(trainer, module)
 
     def plan(self, module: nn.Module) -> str:
         """What is pruned and what is left out, with the reasons, for people to read."""
-        pruned = [f"{name} ({p.numel():,})" for name, p in self.pruning.prunable(module).items()]
-        left = [f"{name} ({reason})" for name, reason in self.pruning.excluded(module).items()]
-        return f"pruned ({self.pruning}): {', '.join(pruned)}\nleft dense: {', '.join(left) or 'nothing'}"
+        return self.pruning.plan(module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -7,13 +7,23 @@ from fnmatch import fnmatchcase
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lottery_callbacks.functional.masks import Masks, keep_highest, kept
-from lottery_callbacks.functional.scopes import SCOPES
+from lottery_callbacks.functional import slices
+from lottery_callbacks.functional.masks import Masks, keep_highest, kept, ones
+from lottery_callbacks.functional.scopes import SCOPES, Budget
 from lottery_callbacks.functional.scores import SCORES, Evidence, Score, Tensors
 from lottery_callbacks.messages import describe, one_of
-from lottery_callbacks.names import named_parameters, owners
+from lottery_callbacks.names import named_parameters
+from lottery_callbacks.plan import plan_of, with_reasons
+from lottery_callbacks.prunable import (
+    Place,
+    cannot_be_pruned,
+    left_by_default,
+    places,
+    require_unpruned,
+    require_values,
+)
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+REAL = ("grasp", "synflow", "movement")  # scores that rank real weights alone
 
 
 class Pruning:
@@ -30,10 +40,32 @@ class Pruning:
         include: names or patterns of parameters that are pruned although the default leaves them out.
         batches: how many of the last training batches a score of the loss sees.
 
-    Prunable by default: trainable weight tensors of two or more dimensions. Left out: biases, norm layers,
-    embeddings and frozen parameters. Tied parameters count once, under their first name; a matrix that an output
-    layer shares with an embedding is an embedding, whichever comes first, and `include` prunes both ends. Names are
-    those of the plain network, without the `_orig_mod.` of `torch.compile`.
+    What is pruned, where the first row that fits counts; the plan that every callback prints gives the reasons:
+
+    | parameter                                                                             | pruned | reason          |
+    |---------------------------------------------------------------------------------------|--------|-----------------|
+    | named in `exclude`                                                                    | no     | excluded        |
+    | gain of weight_norm                                                                   | never  | gain            |
+    | under orthogonal, whose zeros are none of the weight                                  | never  | orthogonal      |
+    | empty, integer, 8-bit, sparse or nested; a wrapper of tensors (DTensor)               | never  | its type        |
+    | named in `include`                                                                    | yes    |                 |
+    | of a norm layer: torch's, or a class whose name ends with Norm, Norm1d, 2d or 3d      | no     | norm layer      |
+    | of an embedding: torch's, or a class whose name ends with Embedding(s)                | no     | embedding       |
+    | its name contains "bias"                                                              | no     | bias            |
+    | its name has a word that is pos or position(al), begins with emb or ends with embed,  | no     | embedding       |
+    | or its last word is token(s) or prompt(s)                                             |        |                 |
+    | neither a weight of torch's Linear, Bilinear, convolutions, recurrent layers and      | no     | no weight       |
+    | attention or transformers' Conv1D, nor a `weight` of two dimensions, and has not two  |        | matrix          |
+    | dimensions greater than 1: scalars, vectors, also of shape (C, 1, 1)                  |        |                 |
+    | under a parametrization that is not weight_norm or spectral_norm                      | no     | parametrized by |
+    | not trainable                                                                         | no     | frozen          |
+    | any other: matrices of any name, directions of weight_norm, originals of spectral_norm| yes    |                 |
+
+    A direction keeps one weight at least in each slice that is divided by its norm, so that none becomes 0 / 0. Tied
+    parameters count once, under their first name; a matrix that an output layer shares with an embedding is an
+    embedding, whichever comes first, and `include` prunes both ends. Names are those of the plain network, without the
+    `_orig_mod.` of `torch.compile`. Weights that `torch.nn.utils.prune` masks, and those of lazy modules that have no
+    shape yet, are refused by name.
 
     Raises:
         ValueError: an unknown score or scope, a rate outside [0, 1), a pattern that matches nothing.
@@ -75,36 +107,61 @@ class Pruning:
 
     def prunable(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that this rule prunes, in the module's own order."""
-        return {n: p for n, p in named_parameters(module).items() if self.reason_to_leave(module, n, p) is None}
+        own = named_parameters(module)
+        return {name: own[name] for name, reason in self._reasons(module).items() if reason is None}
 
     def excluded(self, module: nn.Module) -> dict[str, str]:
         """Every other parameter, with the reason."""
-        reasons = {name: self.reason_to_leave(module, name, p) for name, p in named_parameters(module).items()}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        return {name: reason for name, reason in self._reasons(module).items() if reason is not None}
 
     def reason_to_leave(self, module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
         """Why `name` stays dense; None where it is pruned."""
+        return self._reason(name, parameter, places(module)[parameter])
+
+    def _reasons(self, module: nn.Module) -> dict[str, str | None]:
+        held = places(module)
+        return {name: self._reason(name, own, held[own]) for name, own in named_parameters(module).items()}
+
+    def _reason(self, name: str, parameter: nn.Parameter, held: Sequence[Place]) -> str | None:
         if _matches(name, self.exclude):
             return "excluded"
-        if _matches(name, self.include):
-            return None
-        leaf, holders = name.rpartition(".")[2], owners(module, parameter)
-        if any(isinstance(holder, NORMS) for holder in holders):
-            return "norm layer"
-        if any(isinstance(holder, nn.Embedding | nn.EmbeddingBag) for holder in holders):
-            return "embedding"
-        if "bias" in leaf or parameter.ndim < 2 or "weight" not in leaf:
-            return "bias" if "bias" in leaf else "no weight matrix"
-        return None if parameter.requires_grad else "frozen"
+        if never := cannot_be_pruned(parameter, held):
+            return never
+        return None if _matches(name, self.include) else left_by_default(name, parameter, held)
+
+    def plan(self, module: nn.Module, left: Mapping[str, str] | None = None, by: str = "") -> str:
+        """What is pruned and what is left out, with the reasons, in two lines for people to read.
+
+        Args:
+            module: the network.
+            left: prunable parameters that stay dense all the same, with the reasons.
+            by: the rule of a callback that has another than score and scope.
+        """
+        left = left or {}
+        pruned = {name: f"{p.numel():,}" for name, p in self.prunable(module).items() if name not in left}
+        return plan_of(f"pruned ({by or self})", pruned, {**self.excluded(module), **left})
+
+    def initial_masks(self, module: nn.Module) -> Masks:
+        """The dense masks of what this rule prunes, on the CPU.
+
+        Raises:
+            ValueError: `torch.nn.utils.prune` masks one of these weights already.
+        """
+        prunable = self.prunable(module)
+        require_unpruned(module, prunable)
+        return {name: mask.cpu() for name, mask in ones(prunable).items()}
 
     def check(self, module: nn.Module) -> None:
         """Compare every name and pattern with the module's parameters.
 
         Raises:
-            ValueError: one of them matches nothing, or nothing is left to prune.
+            ValueError: one of them matches nothing, or what cannot be pruned; nothing is left to prune; a parameter has
+                no shape yet.
         """
-        everything = list(named_parameters(module))
-        prunable = list(self.prunable(module))
+        require_values(module)
+        own, excluded = named_parameters(module), self.excluded(module)
+        everything = list(own)
+        prunable = [name for name in everything if name not in excluded]
         for what, patterns, kind, names in (
             ("exclude", self.exclude, "parameter", everything),
             ("include", self.include, "parameter", everything),
@@ -115,8 +172,16 @@ class Pruning:
                     raise ValueError(f"{what} names {pattern!r}, which is no {kind}: there are {describe(names)}")
         if self.rates and self.scope != "layerwise":
             raise ValueError(f"rates per layer need scope='layerwise'; with scope={self.scope!r} use `exclude`")
+        for name, reason in excluded.items():
+            if reason != "excluded" and _matches(name, self.include):
+                raise ValueError(f"include names {name}, which cannot be pruned ({reason}): exclude it")
         if not prunable:
-            raise ValueError("nothing to prune: no trainable weight matrix is left; name parameters in `include`")
+            raise ValueError(
+                "nothing to prune: no trainable weight matrix is left; name parameters in `include`: there are "
+                f"{describe(with_reasons(excluded))}"
+            )
+        if self.score in REAL and (numbers := [name for name in prunable if own[name].is_complex()]):
+            raise ValueError(f"score {self.score} ranks real weights, and {describe(numbers)} is complex: exclude it")
 
     def rate_of(self, name: str, rate: float) -> float:
         """The rate of one parameter: the last match in `rates`, else the given one."""
@@ -131,14 +196,28 @@ class Pruning:
         """
         scores = self.scores(evidence, masks)
         rates = {name: self.rate_of(name, rate) for name in masks}
-        new = keep_highest(scores, masks, SCOPES[self.scope](masks, rates, rounds))
+        new = self.select(evidence, scores, masks, SCOPES[self.scope](masks, rates, rounds))
         later = keep_highest(scores, new, SCOPES[self.scope](new, rates, 1))
         warn_of_collapse(masks, new, later)
         return new
 
+    def select(self, evidence: Evidence, scores: Tensors, masks: Masks, budget: Budget) -> Masks:
+        """New masks of the highest scores within the budget; one weight at least in each of `evidence.slices`."""
+        if not evidence.slices:
+            return keep_highest(scores, masks, budget)
+        least = slices.at_least(budget, masks, evidence.slices)
+        if more := sum(least.values()) - sum(budget.values()):
+            rank_zero_warn(
+                f"{more:,} weights more are kept than asked, one in each slice that is divided by its norm, of "
+                f"{describe(list(evidence.slices))}: prune these at a lower rate, or exclude them"
+            )
+        return keep_highest(slices.protect(scores, masks, evidence.slices), masks, least)
+
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
         """The score of every weight that has a mask, beside that mask."""
         scores = self._score(replace(evidence, weights={name: evidence.weights[name] for name in masks}))
+        if numbers := [name for name in masks if scores[name].is_complex()]:
+            raise ValueError(f"scores of {describe(numbers)} are complex, and have no order: return their abs()")
         return {name: scores[name].to(mask.device) for name, mask in masks.items()}
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ from lottery_callbacks.functional.synaptic_flow import synaptic_flow
 from lottery_callbacks.masked_training import MaskedTraining, of_all_processes, of_this_process
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import named_parameters
+from lottery_callbacks.prunable import slices_of
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.rewinding import to_cpu
 from lottery_callbacks.undisturbed import undisturbed
@@ -58,6 +59,7 @@ class PruningCallback(MaskedTraining):
             flow=lambda: synaptic_flow(module, weights, self._recent()[0]),
             movement=dict(self._movement) if self.pruning.needs == "movement" else None,
             average=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean"),
+            slices=slices_of(module, weights),
         )
 
     def _recent(self) -> list[Any]:
@@ -136,7 +138,8 @@ class PruningCallback(MaskedTraining):
         own, among = named_parameters(module), {id(p) for p in stepped}
         for name, total in self._movement.items():
             if id(own[name]) in among:
-                total.addcmul_(own[name].grad.float(), own[name].float(), value=-1 / scale)  # pyright: ignore[reportOptionalMemberAccess]
+                gradient = own[name].grad.to_dense()  # pyright: ignore[reportOptionalMemberAccess]
+                total.addcmul_(gradient.float(), own[name].float(), value=-1 / scale)
 
     def state_dict(self) -> dict[str, Any]:
         collected: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lottery_callbacks.fit_steps import counts_steps, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
@@ -55,6 +55,10 @@ class PruningWithinFit(PruningCallback, ABC):
     def update(self, trainer: L.Trainer, module: L.LightningModule, step: int, generator: torch.Generator) -> None:
         """Prune as the update of `step` says, by `change_masks`."""
 
+    def plan(self, module: L.LightningModule) -> str:
+        """What is pruned and what is left out, with the reasons, for people to read."""
+        return self.pruning.plan(module)
+
     def ticket(self, module: L.LightningModule) -> Ticket:
         """The masks, with the present state of `module` as the rewind point.
 
@@ -76,7 +80,8 @@ class PruningWithinFit(PruningCallback, ABC):
                 f"{type(self).__name__} changes its masks, and an average over them is not sparse: leave "
                 "WeightAveraging out, or prune by IterativeMagnitudePruning"
             )
-        self.masks = {name: mask.cpu() for name, mask in M.ones(self.pruning.prunable(pl_module)).items()}
+        self.masks = self.pruning.initial_masks(pl_module)
+        rank_zero_info(self.plan(pl_module))
         self.done = 0
         if saved := self._resumed:
             for key, own in self.rule.items():

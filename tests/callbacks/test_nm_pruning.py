@@ -104,7 +104,8 @@ def test_a_weight_without_whole_groups_stays_dense_and_is_named(tmp_path, caplog
     callback = NMPruning(2, 4)
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         module = fit(tmp_path, callback, module=seeded(1, Convolutional), data=Blobs)
-    assert "left dense, the input dimension is no multiple of 4: net.0.weight\n" in caplog.text
+    assert "pruned (2:4, magnitude, layerwise): net.2.weight (128), net.4.weight (40)\n" in caplog.text
+    assert "net.0.weight (input of 3, no multiple of 4)\n" in caplog.text
     sizes = {name: mask.numel() for name, mask in callback.masks.items()}
     assert M.kept(callback.masks) == {name: n if name == "net.0.weight" else n // 2 for name, n in sizes.items()}
     convolution = module.get_parameter("net.2.weight").detach()
@@ -115,7 +116,8 @@ def test_a_weight_without_whole_groups_stays_dense_and_is_named(tmp_path, caplog
 
 def test_where_no_weight_has_whole_groups_it_says_so(tmp_path):
     with pytest.raises(
-        ValueError, match=r"nothing to prune: no input dimension is a multiple of 7 in net\.1\.weight, net"
+        ValueError,
+        match=r"^nothing to prune to 3:7: there are net\.1\.weight \(input of 8, no multiple of 7\), net\.5\.",
     ):
         fit(tmp_path, NMPruning(3, 7))
 

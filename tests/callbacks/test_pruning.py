@@ -79,7 +79,7 @@ def test_everything_else_is_left_out_with_its_reason():
         "frozen.weight": "frozen",
         "frozen.bias": "bias",
         "scale": "no weight matrix",
-        "prompt": "no weight matrix",
+        "prompt": "embedding",
         "output.weight": "excluded",
         "output.bias": "excluded",
     }

@@ -29,7 +29,12 @@ def density(masks: Mapping[str, Tensor]) -> float:
 
 
 def as_bits(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask as integers of `like`'s width on its device: all bits set where kept, none where pruned."""
+    """The mask as integers of `like`'s width on its device: all bits set where kept, none where pruned.
+
+    Of a complex tensor (..., 1), for its real and imaginary parts.
+    """
+    if like.is_complex():
+        return as_bits(mask.unsqueeze(-1), torch.view_as_real(like))
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
     return mask.to(like.device, integer).neg_()
 
@@ -37,8 +42,12 @@ def as_bits(mask: Tensor, like: Tensor) -> Tensor:
 def zero_pruned_(tensor: Tensor, bits: Tensor) -> None:
     """Set `tensor` to +0.0 in place where `bits` (of `as_bits`) is pruned, also where it is NaN or negative.
 
-    A bitwise and: exact, and about as cheap on a CPU as a float product.
+    A bitwise and: exact, and about as cheap on a CPU as a float product. Of a sparse gradient its stored values.
     """
+    if tensor.layout == torch.sparse_coo:
+        tensor, bits = tensor._values(), bits[tuple(tensor._indices())]
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach())
     tensor.detach().view(bits.dtype).bitwise_and_(bits)
 
 

@@ -22,6 +22,7 @@ class Evidence:
         flow: makes dR/d|w| of the synaptic flow R, see `synflow`.
         movement: the sum over the steps of the fit so far of -gradient * weight.
         average: the mean of a tensor over processes.
+        slices: weights in which each slice along a dimension keeps one at least, see `functional.slices`.
     """
 
     weights: Mapping[str, Tensor]
@@ -31,6 +32,7 @@ class Evidence:
     flow: Callable[[], Tensors] | None = None
     movement: Mapping[str, Tensor] | None = None
     average: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    slices: Mapping[str, int] = field(default_factory=dict)
 
     def gradient(self) -> Tensors:
         """The gradient dL/dw of L, the mean training loss over batches and processes. One backward pass a batch."""

@@ -41,6 +41,7 @@ def synaptic_flow(module: nn.Module, weights: Mapping[str, Tensor], batch: Any) 
             outputs = torch.func.functional_call(module, own, (ones,))
             total = torch.stack([part.sum() for part in _tensors(outputs)]).sum()
             found = torch.autograd.grad(total, list(inputs.values()), materialize_grads=True)
+            found = [flow.to_dense() for flow in found]  # of an embedding it may be sparse
     except (TypeError, RuntimeError) as error:  # NotImplementedError, where there is no forward, is a RuntimeError
         forward, reason = f"{type(module).__name__}.forward", " ".join(str(error).split())[:120]
         raise ValueError(
