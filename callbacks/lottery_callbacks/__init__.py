@@ -4,6 +4,7 @@ Names are imported when they are first used (PEP 562): `from lottery_callbacks i
 `lottery_callbacks.functional` need torch and safetensors, the callbacks Lightning.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -102,3 +103,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "lightning.pytorch.cli" in sys.modules:  # LightningCLI finds a callback by its short name once it is imported
+    for _name in _HOMES:
+        __getattr__(_name)

@@ -3,21 +3,23 @@
 from lottery_callbacks.functional.names import (
     canonical,
     computed_from,
+    find_parameters,
     further_names,
     named_buffers,
     named_parameters,
     owners,
     plain_modules,
-    wrapped,
+    unwrapped,
 )
 
 __all__ = [
     "canonical",
     "computed_from",
+    "find_parameters",
     "further_names",
     "named_buffers",
     "named_parameters",
     "owners",
     "plain_modules",
-    "wrapped",
+    "unwrapped",
 ]

@@ -10,6 +10,8 @@ as `weight_norm` does, from `original0` and `original1`. These are other tensors
 no mask of the other. So each keeps its full name, and `computed_from` gives the name of the computed tensor.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 # Class (by its module and name, so that nothing is imported) -> the attributes that hold the wrapped module. The last
@@ -68,7 +70,7 @@ def _attributes(module: nn.Module | None) -> tuple[str, ...]:
     return ()
 
 
-def wrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The network itself: `module` without the wrappers around it; those of its submodules stay."""
     while attributes := _attributes(module):
         module = module.get_submodule(attributes[-1])
@@ -90,6 +92,13 @@ def computed_from(name: str) -> str | None:
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter by its canonical name, in the module's own order; tied ones once, under their first name."""
     return {canonical(name, module): parameter for name, parameter in module.named_parameters()}
+
+
+def find_parameters(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `names`, canonical or the module's own, any of a tied one's; unknown names are left out."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    known = own | {canonical(name, module): parameter for name, parameter in own.items()}
+    return {name: known[name] for name in names if name in known}
 
 
 def named_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ NAMES = {  # in the order in which they lie in a file: the widest first
 
 
 def raw(tensor: Tensor) -> bytes:
-    """The values of `tensor` in row-major order, as they lie in memory.
+    r"""The values of `tensor` in row-major order, as they lie in memory.
 
     >>> raw(torch.tensor([[True, False]]))
-    b'\\x01\\x00'
+    b'\x01\x00'
     """
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size()) if plain.numel() else b""
