@@ -81,6 +81,7 @@ class Curvature:
     ) -> None:
         if kind not in ("hessian", "ggn"):
             raise ValueError(f"kind={kind!r} is not known: choose hessian or ggn")
+        network = network.module if isinstance(network, nn.DataParallel) else network  # torch.func refuses it
         self.network, self.kind, self.loss = network, kind, nn.CrossEntropyLoss() if loss is None else loss
         if getattr(self.loss, "reduction", "mean") != "mean":
             raise ValueError(f"the loss {self.loss} is no mean over a batch: give it reduction='mean'")
