@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from lottery_callbacks.functional.tensor_bytes import checksum, safetensors_bytes
+from lottery_callbacks.functional.tensor_bytes import checksum, require_storable, safetensors_bytes
 
 FORMAT = "lottery-ticket/1"
 Tensors = dict[str, Tensor]
@@ -24,6 +24,7 @@ def write_ticket(path: str | os.PathLike[str], tensors: Tensors, training: Any, 
         header = json.loads(json.dumps(header))  # as it will be read: integer keys are strings, and sorted as such
     except TypeError as error:
         raise ValueError(f"the provenance is no JSON ({error}): give numbers, strings, lists and dicts") from error
+    require_storable(tensors)
     header["checksum"] = checksum(tensors, _text(header))
     # One metadata entry: safetensors does not keep the order of several.
     return write_atomically(path, safetensors_bytes(tensors, {"ticket": _text(header)}))

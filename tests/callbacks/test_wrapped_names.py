@@ -149,9 +149,7 @@ def test_parametrised_tensors_keep_their_names_and_say_what_they_make():
     }
     dense = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     ticket = Ticket({"0.weight": torch.ones(2, 3) > 0}, RewindPoint(0, snapshot(dense)))
-    with pytest.raises(
-        ValueError, match=r"^0\.weight is parametrised in the network alone, as 0\.param"
-    ):
+    with pytest.raises(ValueError, match=r"^0\.weight is parametrised in the network alone, as 0\.param"):
         ticket.apply_(layer)
     found = Ticket({names[2]: torch.ones(2, 3) > 0}, RewindPoint(0, snapshot(layer)))
     with pytest.raises(ValueError, match=r"^0\.weight is parametrised in the ticket alone"):

@@ -37,10 +37,8 @@ def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return sha.hexdigest()
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of `tensors`, with the bytes that `safetensors.torch.save` gives. Needs no NumPy.
-
-    The tensors lie by dtype in the order of `NAMES`, then by name, so that each is aligned.
+def require_storable(tensors: Mapping[str, Tensor]) -> None:
+    """Check that a safetensors file can hold `tensors`.
 
     Raises:
         ValueError: names a tensor that is sparse, without values (meta) or of a dtype that the format does not have.
@@ -49,6 +47,17 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
             kind = "on the meta device" if tensor.is_meta else f"a {tensor.layout} tensor of {tensor.dtype}"
             raise ValueError(f"{name} is {kind}, which no safetensors file can hold: convert it or leave it out")
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of `tensors`, with the bytes that `safetensors.torch.save` gives. Needs no NumPy.
+
+    The tensors lie by dtype in the order of `NAMES`, then by name, so that each is aligned.
+
+    Raises:
+        ValueError: a tensor that `require_storable` refuses.
+    """
+    require_storable(tensors)
     ranks = {dtype: rank for rank, dtype in enumerate(NAMES)}
     order = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
