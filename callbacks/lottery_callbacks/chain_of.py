@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.names import unwrapped
 from lottery_callbacks.strong_modules import form_of
 
 TREATED = "Linear, Conv2d, batch norm right after these, ReLU, pooling, Flatten, Dropout and Identity, in a chain"
@@ -41,7 +42,7 @@ def chain_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: names a layer or call that is not one of those, or that does not take what the last one gave.
     """
-    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    network = unwrapped(network)
     whole = nn.Sequential(network)  # a lone layer would be traced into its functional form
     with evaluating(network), _as_it_was(network):
         try:

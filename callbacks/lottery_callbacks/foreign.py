@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lottery_callbacks.functional.masks import Masks
+from lottery_callbacks.functional.names import AVERAGED, canonical
 from lottery_callbacks.messages import describe
-from lottery_callbacks.names import canonical
 
 DDP = "module."
 
@@ -20,9 +20,10 @@ def plain(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Masks]:
     tensors, masks = plain(torch.load(path, weights_only=True)["state_dict"])
     ```
 
-    Undoes, in any combination: `_orig_mod.` of `torch.compile`, anywhere; `module.` of DistributedDataParallel and
-    DataParallel, once and only where every name begins with it, since a network may own a submodule of that name;
-    `W_orig` and `W_mask` of `torch.nn.utils.prune`, which become the tensor `W` = W_orig and a boolean mask of `W`.
+    Undoes, in any combination: the segments of `names.WRAPPERS` (`_orig_mod.` of `torch.compile`), anywhere;
+    `module.` of DistributedDataParallel and DataParallel, once and only where every name begins with it, since a
+    network may own a submodule of that name; `module.` and `n_averaged` of AveragedModel; `W_orig` and `W_mask` of
+    `torch.nn.utils.prune`, which become the tensor `W` = W_orig and a boolean mask of `W`.
 
     The tensors are W_orig, the values under the mask included; such a network computes with W_mask * W_orig, which
     is `Ticket.from_state_dict(state_dict).state_dict()`. A mask is never read off zeros: a weight that was made
@@ -38,8 +39,7 @@ def plain(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Masks]:
                 f"{name!r} is a {type(tensor).__name__}, and a state dict holds tensors: "
                 'give checkpoint["state_dict"], or leave that entry out'
             )
-    prefix = DDP if all(canonical(name).startswith(DDP) for name in state_dict) else ""
-    named = [(canonical(name).removeprefix(prefix), tensor) for name, tensor in state_dict.items()]
+    named = _without_module([(canonical(name), tensor) for name, tensor in state_dict.items()])
     found = dict(named)
     pruned = [name.removesuffix("_orig") for name in found if name.endswith("_orig")]
     masks = {name: _as_mask(name, found) for name in pruned if f"{name}_mask" in found}
@@ -59,3 +59,22 @@ def _as_mask(name: str, found: Mapping[str, Tensor]) -> Tensor:
             f"{name}_mask is no mask of {name}_orig: it must have the shape {tuple(weight.shape)} and hold 0 and 1 only"
         )
     return mask.to(torch.bool)
+
+
+def _without_module(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Without the `module.` of wrappers: one of DDP's kind, and one of AveragedModel, which `n_averaged` shows."""
+
+    def removed(entries: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        return [(name.removeprefix(DDP), tensor) for name, tensor in entries]
+
+    parallel = averaged = False
+    while True:
+        below = [(name, tensor) for name, tensor in named if name != AVERAGED]
+        if not all(name.startswith(DDP) for name, _ in below):
+            return named
+        if not averaged and len(below) < len(named):
+            named, averaged = removed(below), True
+        elif not parallel and len(below) == len(named):
+            named, parallel = removed(named), True
+        else:
+            return named

@@ -1,20 +1,20 @@
-"""Small helpers for messages of one line that name the thing and the mend."""
+"""Messages of one line: `describe` and `one_of` of `functional.messages`, and `inform`, which prints one."""
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+import sys
+
+from lottery_callbacks.functional.messages import describe, one_of
+
+__all__ = ["describe", "inform", "one_of"]
 
 
-def describe(names: Sequence[str], most: int = 8) -> str:
-    """Names as a list, cut after `most`.
+def inform(message: str) -> None:
+    """Print one line: through Lightning, once for all processes, where the program uses it; else through `logging`.
 
-    >>> describe(["a", "b", "c"], most=2)
-    'a, b and 1 more'
+    A plain program shows warnings alone unless it configures `logging`, so the line is one there.
     """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def one_of(name: str, value: str, choices: Sequence[str]) -> Any:
-    """`value`, or a ValueError that lists the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(choices)}")
-    return value
+    lightning = sys.modules.get("lightning.pytorch.utilities.rank_zero")
+    if lightning is not None:
+        lightning.rank_zero_info(message)
+    else:
+        logging.getLogger("lottery_callbacks").warning(message)

@@ -1,20 +1,21 @@
 """The rewind point: the complete training state at step k, captured once and restored at every level."""
 
+from __future__ import annotations  # Lightning is for type checkers alone: a ticket needs torch and safetensors
+
 import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lottery_callbacks.fit_steps import in_steps
-from lottery_callbacks.loader_order import observe
-from lottery_callbacks.messages import describe
+from lottery_callbacks.messages import describe, inform
 from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class RewindPoint:
     tensors: dict[str, Tensor]
     training: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        state = f", training state: {', '.join(map(str, self.training))}" if self.training else ""
+        return f"RewindPoint(step {self.step}, tensors {len(self.tensors)}{state})"
+
     @classmethod
-    def capture(cls, trainer: L.Trainer, module: nn.Module) -> "RewindPoint":
+    def capture(cls, trainer: L.Trainer, module: nn.Module) -> RewindPoint:
         """Copy the state of a running fit; call from `on_fit_start` (k = 0) or `on_train_batch_end` (k > 0)."""
         step = trainer.global_step
         if step and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
@@ -79,14 +84,14 @@ def load_snapshot(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     rounded = [name for name, tensor in own.items() if _rounds(tensors[name].dtype, tensor.dtype)]
     if rounded:
         there, here = tensors[rounded[0]].dtype, own[rounded[0]].dtype
-        rank_zero_info(f"rounded to the network's precision, {there} to {here}: {describe(rounded)}")
+        inform(f"rounded to the network's precision, {there} to {here}: {describe(rounded)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
 def _transient(module: nn.Module) -> set[str]:
-    return named_buffers(module).keys() - {canonical(name) for name in module.state_dict()}
+    return named_buffers(module).keys() - {canonical(name, module) for name in module.state_dict()}
 
 
 def _rounds(source: torch.dtype, target: torch.dtype) -> bool:
@@ -110,6 +115,9 @@ def check_same_architecture(ticket: Mapping[str, torch.Size], module: Mapping[st
 
 def training_state(trainer: L.Trainer) -> dict[str, Any]:
     """Optimizer, scheduler, precision and loop states of a running fit, deeply copied, tensors on the CPU."""
+    from lottery_callbacks.fit_steps import in_steps  # with Lightning
+    from lottery_callbacks.loader_order import observe
+
     state = {
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
@@ -137,6 +145,8 @@ def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
         _load_loops(trainer, state["loops"])
+        from lottery_callbacks.loader_order import observe  # with Lightning
+
         observe(trainer).rewind(state.get("order", {}))
     if "learning_rates" in state:
         trainer.lr_scheduler_configs.clear()

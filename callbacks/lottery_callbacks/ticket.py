@@ -1,25 +1,22 @@
 """The ticket: mask + rewind point + provenance, in one safetensors file."""
 
-import json
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 
 from lottery_callbacks.foreign import plain
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.prefixes import below, differing_prefixes
 from lottery_callbacks.messages import describe
-from lottery_callbacks.names import canonical, named_parameters
+from lottery_callbacks.names import canonical, computed_from, named_buffers, named_parameters
 from lottery_callbacks.rewinding import RewindPoint, check_same_architecture, load_snapshot
+from lottery_callbacks.ticket_file import FORMAT, read_ticket, write_atomically, write_ticket
 
-FORMAT = "lottery-ticket/1"
+__all__ = ["FORMAT", "Ticket", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,39 @@ class Ticket:
     """Which weights live, and from what state to train them.
 
     Attributes:
-        masks: boolean tensors by parameter name, True = kept; parameters without a mask are dense.
-        rewind: the state that training starts from.
+        masks: boolean tensors by parameter name, True = kept; parameters without a mask are dense. Masks of another
+            dtype, and arrays, are taken where they hold 0 and 1 alone.
+        rewind: the state that training starts from; one without tensors where the masks are all that is known.
         provenance: how it was found, as JSON primitives (level, rate, score, scope, seed, parent, versions).
+
+    Raises:
+        ValueError: names a mask that holds other values than 0 and 1, or that fits no tensor of the rewind point.
     """
 
     masks: M.Masks
     rewind: RewindPoint
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        masks = {name: M.boolean(name, mask) for name, mask in self.masks.items()}
+        object.__setattr__(self, "masks", masks)
+        for name, mask in masks.items() if self.rewind.tensors else ():
+            tensor = self.rewind.tensors.get(name)
+            if tensor is None:
+                raise ValueError(
+                    f"the rewind point has no tensor {name}, of which there is a mask: it has "
+                    f"{describe(list(self.rewind.tensors))}; name masks and tensors as the plain network does"
+                )
+            if tensor.shape != mask.shape:
+                shapes = tuple(mask.shape), tuple(tensor.shape)
+                raise ValueError(f"the mask of {name} is {shapes[0]}, and its tensor in the rewind point {shapes[1]}")
+
+    def __repr__(self) -> str:
+        kept, size = sum(M.kept(self.masks).values()), sum(mask.numel() for mask in self.masks.values())
+        return (
+            f"Ticket(level {self.level}, density {self.density:.4g}, kept {kept:,} of {size:,} weights, masks "
+            f"{len(self.masks)}, {self.rewind!r})"
+        )
 
     @property
     def level(self) -> int:
@@ -49,24 +71,67 @@ class Ticket:
     def check(self, module: nn.Module) -> None:
         """Raise ValueError, in one line, where `module` is not the architecture of the ticket."""
         masked = {name: p.shape for name, p in named_parameters(module).items() if name in self.masks}
-        check_same_architecture({name: mask.shape for name, mask in self.masks.items()}, masked)
+        try:
+            check_same_architecture({name: mask.shape for name, mask in self.masks.items()}, masked)
+        except ValueError as error:
+            raise ValueError(self._of_other_names(module) or str(error)) from None
 
     def apply_(self, module: nn.Module) -> nn.Module:
         """Overwrite `module` in place with the sparse network at the rewind point, and return it.
 
-        Works on the LightningModule that the ticket was found on and on any module of the same names, compiled or
-        not; for the bare network inside it, see `for_submodule`. Values take the module's dtype, as `load_snapshot`
-        says.
+        Works on the LightningModule that the ticket was found on and on any module of the same names, also where it
+        is compiled or wrapped (see `names`); for the bare network inside it, see `for_submodule`. Values take the
+        module's dtype, as `load_snapshot` says.
 
         Raises:
-            ValueError: another architecture.
+            ValueError: another architecture, or a ticket of masks alone.
         """
         self.check(module)
+        self._require_tensors()
         parameters = named_parameters(module)
-        load_snapshot(module, self.rewind.tensors)
+        try:
+            load_snapshot(module, self.rewind.tensors)
+        except ValueError as error:
+            raise ValueError(self._of_other_names(module) or str(error)) from None
         for name, mask in self.masks.items():
             M.zero_pruned_(parameters[name], M.as_bits(mask, parameters[name]))
         return module
+
+    def _require_tensors(self) -> None:
+        if self.masks and not self.rewind.tensors:
+            raise ValueError("the ticket holds masks alone: give it a rewind point with tensors, RewindPoint(0, state)")
+
+    def _of_other_names(self, module: nn.Module) -> str:
+        """What to say where the ticket fits `module` under other names; empty where it does not."""
+        parameters = {name: p.shape for name, p in named_parameters(module).items()}
+        for plain_names, parametrized, where in (
+            (self.masks, parameters, "network"),
+            (parameters, self.masks, "ticket"),
+        ):
+            for name in parametrized:
+                if name not in plain_names and computed_from(name) in plain_names:
+                    return (
+                        f"{computed_from(name)} is parametrised in the {where} alone, as {name}: apply a ticket "
+                        "with the parametrizations that the network had when it was found"
+                    )
+        shapes = parameters | {name: b.shape for name, b in named_buffers(module).items()}
+        tensors = {name: t.shape for name, t in (self.rewind.tensors or self.masks).items()}
+        masks = {name: mask.shape for name, mask in self.masks.items()} or tensors
+        if not (prefixes := differing_prefixes(masks, parameters if self.masks else shapes)):
+            return ""
+        inner, outer = prefixes
+        if self.rewind.tensors and not below(outer, parameters).items() <= below(inner, tensors).items():
+            return ""
+        action = f"ticket.for_submodule({inner!r})" if inner else "ticket"
+        if outer:
+            whole = len(below(outer, shapes)) == len(shapes)
+            action += f".as_submodule({outer!r})" if whole else f".apply_(module.{outer})"
+        name = next(iter(masks))
+        other = ".".join(filter(None, [outer, name.removeprefix(f"{inner}." if inner else "")]))
+        return (
+            f"the ticket is for this network under another prefix: {name} in the ticket is {other} in the network; "
+            f"use {action}".replace("'", '"')
+        )
 
     def for_submodule(self, name: str) -> "Ticket":
         """The same ticket under the names of submodule `name`: `ticket.for_submodule("network").apply_(net)`.
@@ -78,11 +143,10 @@ class Ticket:
         def inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
-        if not inside(self.masks):
-            raise ValueError(f"no mask below {name!r}: the ticket has {describe(list(self.masks))}")
-        return replace(
-            self, masks=inside(self.masks), rewind=RewindPoint(self.rewind.step, inside(self.rewind.tensors))
-        )
+        masks, tensors = inside(self.masks), inside(self.rewind.tensors)
+        if not (masks or (tensors and not self.masks)):
+            raise ValueError(f"no mask below {name!r}: the ticket has {describe(list(self.masks)) or 'none'}")
+        return replace(self, masks=masks, rewind=RewindPoint(self.rewind.step, tensors))
 
     def as_submodule(self, name: str) -> "Ticket":
         """The same ticket for a module that holds the network as its submodule `name`, all of whose tensors it is.
@@ -106,7 +170,11 @@ class Ticket:
 
         Loads with `strict=True` where the network ties no weights and all its buffers are persistent: a rewind point
         holds tied tensors once, and every buffer. For the others `apply_(network).state_dict()` has the right names.
+
+        Raises:
+            ValueError: a ticket of masks alone.
         """
+        self._require_tensors()
         tensors = {name: tensor.clone() for name, tensor in self.rewind.tensors.items()}
         for name, mask in self.masks.items():
             M.zero_pruned_(tensors[name], M.as_bits(mask, tensors[name]))
@@ -136,74 +204,32 @@ class Ticket:
         return cls(of_masks, RewindPoint(0, copies), {"level": 1} if provenance is None else provenance)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write atomically; equal tickets give equal bytes."""
-        tensors = {f"mask/{name}": mask.cpu() for name, mask in self.masks.items()}
+        """Write atomically; equal tickets give equal bytes.
+
+        Raises:
+            ValueError: names a tensor or an entry of the training state that a file cannot hold.
+        """
+        tensors = {f"mask/{name}": mask for name, mask in self.masks.items()}
         tensors |= {f"rewind/{name}": tensor for name, tensor in self.rewind.tensors.items()}
-        training = _take_tensors(self.rewind.training, "training", tensors)
-        header = {
-            "format": FORMAT,
-            "step": self.rewind.step,
-            "density": self.density,
-            "provenance": self.provenance,
-            "training": training,
-        }
-        # One metadata entry: safetensors does not keep the order of several.
-        data = safetensors.torch.save(
-            {key: tensor.contiguous() for key, tensor in tensors.items()},
-            metadata={"ticket": json.dumps(header, sort_keys=True)},
-        )
-        return write_atomically(path, data)
+        header = {"step": self.rewind.step, "density": self.density, "provenance": self.provenance}
+        return write_ticket(path, tensors, self.rewind.training, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Ticket":
         """Read a ticket; nothing in the file is executed.
 
         Raises:
-            ValueError: the file is missing, torn, or no ticket.
+            ValueError: the file is missing, torn, damaged (its checksum differs), or no ticket.
         """
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                text = (file.metadata() or {}).get("ticket", "")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} is missing or torn ({error}): restore it, or find the ticket again") from error
-        try:
-            header = json.loads(text)
-            if header["format"] != FORMAT:
-                raise ValueError(header["format"])
-            training = _give_tensors(header["training"], tensors)
-            step, provenance = header["step"], header["provenance"]
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise ValueError(
-                f"{path} is no ticket of format {FORMAT}: give a file of a run's tickets/ folder"
-            ) from error
-        return cls(
-            masks={key.removeprefix("mask/"): t for key, t in tensors.items() if key.startswith("mask/")},
-            rewind=RewindPoint(
-                step=step,
-                tensors={key.removeprefix("rewind/"): t for key, t in tensors.items() if key.startswith("rewind/")},
-                training=training,
-            ),
-            provenance=provenance,
-        )
+        tensors, training, header = read_ticket(path)
 
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write so that a reader, and a killed writer, see the old file or the new one and never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        try:
+            return cls(below("mask/"), RewindPoint(header["step"], below("rewind/"), training), header["provenance"])
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid ticket: {error}") from error
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -211,36 +237,3 @@ def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     places = {n: (t.data_ptr(), t.shape, t.dtype, t.device) if t.numel() else n for n, t in tensors.items()}
     return {name: first.setdefault(place, name) for name, place in places.items()}
-
-
-def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors moved into `tensors`; dicts become pair lists, since keys may be integers."""
-    if isinstance(value, Tensor):
-        name = f"training/{len(tensors)}"
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        kind = "counter" if isinstance(value, Counter) else "dict"
-        return {kind: [[key, _take_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_take_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(
-        f"the state at {path} is a {type(value).__name__}, and a ticket holds tensors and primitives only; "
-        "rewind to '0it', or make that optimizer's or scheduler's state primitive"
-    )
-
-
-def _give_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, content = next(iter(value.items()))
-    if kind == "tensor":
-        return tensors[content]
-    if kind in ("dict", "counter"):
-        given = {key: _give_tensors(item, tensors) for key, item in content}
-        return Counter(given) if kind == "counter" else given
-    items = [_give_tensors(item, tensors) for item in content]
-    return tuple(items) if kind == "tuple" else items

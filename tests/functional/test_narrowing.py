@@ -257,9 +257,7 @@ def test_a_compiled_network_and_several_inputs():
 
     network = Two()
     inputs = torch.rand(2, 3), torch.rand(2, 3)
-    compiled = nn.Module()  # as torch.compile wraps it
-    compiled._orig_mod = network
-    small = narrowed(compiled, columns(network).masks, inputs)
+    small = narrowed(torch.compile(network), columns(network).masks, inputs)
     assert small.units == {"first": (4, 2)}
     assert small.network(*inputs).shape == (2, 2)
 

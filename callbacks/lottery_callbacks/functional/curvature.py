@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.names import find_parameters, named_parameters
 
 Kind = Literal["hessian", "ggn"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -80,20 +81,24 @@ class Curvature:
     ) -> None:
         if kind not in ("hessian", "ggn"):
             raise ValueError(f"kind={kind!r} is not known: choose hessian or ggn")
+        network = network.module if isinstance(network, nn.DataParallel) else network  # torch.func refuses it
         self.network, self.kind, self.loss = network, kind, nn.CrossEntropyLoss() if loss is None else loss
         if getattr(self.loss, "reduction", "mean") != "mean":
             raise ValueError(f"the loss {self.loss} is no mean over a batch: give it reduction='mean'")
         if parameters is None:
-            parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            parameters = {name: p for name, p in named_parameters(network).items() if p.requires_grad}
         self.parameters = dict(parameters)
         self.dtype, self.device = _place(self.parameters)
         own = {parameter: name for name, parameter in network.named_parameters()}
         if strangers := [name for name, parameter in self.parameters.items() if parameter not in own]:
             raise ValueError(f"{strangers[0]} is no parameter of the network: give some of its named_parameters()")
-        if unknown := [name for name in masks or {} if name not in {*own.values(), *self.parameters}]:
+        masks = masks or {}
+        masked = find_parameters(network, masks) | {n: p for n, p in self.parameters.items() if n in masks}
+        if unknown := [name for name in masks if name not in masked]:
             raise ValueError(f"the mask {unknown[0]} is of no parameter of the network: give masks by its names")
         self._names = [own[parameter] for parameter in self.parameters.values()]
-        kept = [_kept(name, parameter, masks or {}) for name, parameter in self.parameters.items()]
+        mask_of = {parameter: masks[name] for name, parameter in masked.items()}
+        kept = [_kept(name, parameter, mask_of.get(parameter)) for name, parameter in self.parameters.items()]
         self.sizes = {name: int(mask.sum()) for name, mask in zip(self.parameters, kept, strict=True)}
         self._kept = torch.cat(kept).nonzero().flatten()  # places in the flat vector of all parameters
         if not len(self._kept):
@@ -227,13 +232,13 @@ def _place(parameters: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.d
     return dtype, device
 
 
-def _kept(name: str, parameter: nn.Parameter, masks: Mapping[str, Tensor]) -> Tensor:
-    if name not in masks:
+def _kept(name: str, parameter: nn.Parameter, mask: Tensor | None) -> Tensor:
+    if mask is None:
         return torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
-    if masks[name].shape != parameter.shape:
-        shapes = tuple(masks[name].shape), tuple(parameter.shape)
+    if mask.shape != parameter.shape:
+        shapes = tuple(mask.shape), tuple(parameter.shape)
         raise ValueError(f"the mask of {name} is {shapes[0]}, and it is {shapes[1]}: give a mask of this network")
-    return masks[name].to(parameter.device, torch.bool).reshape(-1)
+    return mask.to(parameter.device, torch.bool).reshape(-1)
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

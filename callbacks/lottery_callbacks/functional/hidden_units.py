@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.names import unwrapped
 from lottery_callbacks.functional.permutations import Axis, Groups, permuted, random_permutations
 from lottery_callbacks.functional.unit_flow import LAYERS as LAYERS
 from lottery_callbacks.functional.unit_flow import MEND, Units, named_tensors, one_line, refusal
@@ -35,7 +36,7 @@ def permutation_groups(
     before batch norm of as many tokens, `x.view(-1, C)` of images with C channels. An example tells them.
 
     Args:
-        network: or a LightningModule with a forward, then with its names; of torch.compile that within.
+        network: or a LightningModule with a forward, then with its names; of a wrapper that within.
         example: an input; the groups are then proven on it by `check_groups`.
         unitwise: further classes of modules that act on each unit alike, and are not looked into.
 
@@ -45,7 +46,7 @@ def permutation_groups(
     Raises:
         ValueError: names a layer or call that is not treated, or a forward that cannot be traced.
     """
-    network = getattr(network, "_orig_mod", network)
+    network = unwrapped(network)
     units = Units(network, unitwise)
     if units.is_leaf_module(network, ""):
         return {}
@@ -73,7 +74,7 @@ def check_groups(network: nn.Module, groups: Groups, example: Any, seed: int = 0
     it is. Cost: two forward passes and two copies of the weights.
 
     Args:
-        network: whose state the groups name (that within, if it is of torch.compile).
+        network: whose state the groups name (that within, if it is a wrapper).
         groups: of `permutation_groups`, or by hand.
         example: one input, or a tuple of several, with floats.
         seed: of the permutations and of what is drawn.
@@ -81,7 +82,7 @@ def check_groups(network: nn.Module, groups: Groups, example: Any, seed: int = 0
     Raises:
         ValueError: the outputs change, or `network` cannot run so.
     """
-    network, generator = getattr(network, "_orig_mod", network), torch.Generator().manual_seed(seed)
+    network, generator = unwrapped(network), torch.Generator().manual_seed(seed)
     state = {name: _double(tensor) for name, tensor in named_tensors(network)}
     for name in {entry[0]: None for entries in groups.values() for entry in entries}:
         tensor = state.get(name)

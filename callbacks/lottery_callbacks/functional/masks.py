@@ -6,9 +6,12 @@ All functions are pure, and keep each tensor's shape and device.
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lottery_callbacks.functional.tensor_bytes import raw
 
 Masks = dict[str, Tensor]
 
@@ -24,8 +27,41 @@ def kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
-    """Fraction of prunable weights kept, in [0, 1]: sum of kept over sum of sizes."""
-    return sum(kept(masks).values()) / sum(mask.numel() for mask in masks.values())
+    """Fraction of prunable weights kept, in [0, 1]: sum of kept over sum of sizes; 1 where nothing is prunable."""
+    size = sum(mask.numel() for mask in masks.values())
+    return sum(kept(masks).values()) / size if size else 1.0
+
+
+def boolean(name: str, mask: Any) -> Tensor:
+    """`mask` as a boolean tensor, True = kept: a tensor, an array or nested lists that hold 0 and 1 alone.
+
+    Nothing is rounded or compared with a threshold. A boolean tensor is returned itself.
+
+    Args:
+        name: of the parameter, for the message.
+        mask: of any dtype.
+
+    Raises:
+        ValueError: names the parameter, where `mask` holds another value, or none that can be read (meta, sparse).
+    """
+    if not isinstance(mask, Tensor):
+        try:
+            mask = torch.tensor(mask)  # a copy: an array stays the caller's
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the mask of {name} is a {type(mask).__name__}: give a boolean tensor") from error
+    if mask.is_meta or mask.layout != torch.strided or mask.is_quantized:
+        kind = "on the meta device" if mask.is_meta else "sparse or quantised"
+        raise ValueError(f"the mask of {name} is {kind}: give a dense boolean tensor, True = kept")
+    if mask.dtype == torch.bool:
+        values = mask.detach().view(torch.uint8)
+        return mask if bool((values <= 1).all()) else values != 0  # 255, as of uint8.view(torch.bool), is True
+    strange = mask[(mask != 0) & (mask != 1)]
+    if len(strange):
+        raise ValueError(
+            f"the mask of {name} is {str(mask.dtype).removeprefix('torch.')} and holds {strange[0].item()}: "
+            "give a boolean mask, True = kept (mask != 0, or mask > a threshold of yours)"
+        )
+    return mask != 0
 
 
 def as_bits(mask: Tensor, like: Tensor) -> Tensor:
@@ -129,5 +165,5 @@ def digest(masks: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(masks):
         sha.update(f"{name}{tuple(masks[name].shape)}".encode())
-        sha.update(masks[name].cpu().contiguous().numpy().tobytes())
+        sha.update(raw(masks[name]))
     return sha.hexdigest()

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lottery_callbacks.functional.hidden_units import permutation_groups
 from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.names import find_parameters, unwrapped
 from lottery_callbacks.functional.permutations import Axis, places, widths
 from lottery_callbacks.functional.unit_flow import LAYERS, NORMS, named_tensors, one_line
 
@@ -67,7 +68,7 @@ def narrowed(
 
     Cost: two copies of the network in float64, and four forward passes.
     """
-    network = getattr(network, "_orig_mod", network)
+    network = unwrapped(network)
     wide = deepcopy(network).double()
     _apply(masks, wide)
     bare = _with_biases(wide)
@@ -106,7 +107,7 @@ def _double(part: Any) -> Any:
 
 @torch.no_grad()
 def _apply(masks: Mapping[str, Tensor], network: nn.Module) -> None:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
+    parameters = find_parameters(network, masks)
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             raise ValueError(f"the mask of {name} fits no parameter of {type(network).__name__}: give its own masks")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lottery_callbacks.functional.in_place import State, tensors_of
+from lottery_callbacks.functional.names import find_parameters
 from lottery_callbacks.functional.unit_flow import NORMS
 
 
@@ -65,17 +66,19 @@ def random_plane(
     Raises:
         ValueError: a mask that fits no parameter; nothing moves.
     """
-    parameters, masks = dict(network.named_parameters()), masks or {}
+    masks = masks or {}
+    masked = find_parameters(network, masks)
     for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
+        if name not in masked or masked[name].shape != mask.shape:
             raise ValueError(f"the mask {name} {tuple(mask.shape)} fits no parameter: name and shape it as its weight")
-    within = {id(p) for part in network.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
-    moving = {n: p for n, p in parameters.items() if vectors or (p.ndim > 1 and id(p) not in within)}
+    mask_of = {masked[name]: mask for name, mask in masks.items()}
+    everywhere = {n: t for n, t in tensors_of(network).items() if isinstance(t, nn.Parameter)}  # tied ones move alike
+    within = {p for part in network.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
+    moving = [p for p in dict.fromkeys(everywhere.values()) if vectors or (p.ndim > 1 and p not in within)]
 
     def direction() -> dict[str, Tensor]:
-        drawn = {id(p): _filters(p.detach(), masks.get(name), generator) for name, p in moving.items()}
-        everywhere = network.named_parameters(remove_duplicate=False)  # tied ones move together
-        return {name: drawn[id(p)] for name, p in everywhere if id(p) in drawn}
+        drawn = {p: _filters(p.detach(), mask_of.get(p), generator) for p in moving}
+        return {name: drawn[p] for name, p in everywhere.items() if p in drawn}
 
     directions = direction(), direction()
     if not any(tensor.any() for tensor in directions[0].values()):
