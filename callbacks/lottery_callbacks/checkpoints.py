@@ -37,7 +37,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 class ResumeCheckpoint(Checkpoint):
     """Keeps the two newest checkpoints, each written at the end of a validation.
 
-    There a resumed fit repeats no validation and skips none, so its records are those of an unbroken run.
+    There a resumed fit repeats no validation and skips none, so its records are those of an unbroken run. Beside the
+    fit it keeps the random state of each process and the order of the running epoch: a resumed fit goes on with the
+    next batch, also in an ordinary shuffled `DataLoader` (`loader_order` says for which loaders this is exact).
     Lightning runs it after all other callbacks, so that each checkpoint holds their state of that validation. List it
     after a `ModelCheckpoint`, whose best file is then what `ckpt_path="best"` means.
 

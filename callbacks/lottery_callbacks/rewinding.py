@@ -29,8 +29,10 @@ class RewindPoint:
             them, so that a level goes on from step k with its learning rate, schedule and place in the data.
             Empty for k = 0: a fresh fit is that state.
 
-    Random number generators are not part of it: each level has SGD noise of its own. Where step k ends an epoch,
-    the state is that after the optimizer's and the schedulers' step. `ReduceLROnPlateau` is refused for k > 0:
+    Random number generators are not part of it: each level has SGD noise of its own. Where step k lies inside an epoch,
+    `training` has the random state from which the order of that epoch was drawn, and the level goes on with its next
+    batch (`loader_order` says for which loaders). Where step k ends an epoch, the state is that after the optimizer's
+    and the schedulers' step. `ReduceLROnPlateau` is refused for k > 0:
     Lightning does not step it where a fit goes on, so that it would be one step behind.
     """
 
