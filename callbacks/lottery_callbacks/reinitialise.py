@@ -1,0 +1,191 @@
+"""New initial weights: every trainable parameter of a module drawn again, from a seed alone."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lottery_callbacks import random_state
+from lottery_callbacks.messages import describe
+from lottery_callbacks.names import canonical, named_parameters, plain_modules
+
+# Hooks that compute a weight before each forward pass, so that reset_parameters() never reaches what is trained.
+HOOKS = {
+    WeightNorm: "use torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm",
+    SpectralNorm: "use torch.nn.utils.parametrizations.spectral_norm instead of torch.nn.utils.spectral_norm",
+    BasePruningMethod: "make the masks of torch.nn.utils.prune permanent by prune.remove",
+}
+
+
+@torch.no_grad()
+def reinitialise(module: nn.Module, seed: int) -> None:
+    """Draw every trainable parameter again by `reset_parameters`, children before parents, from `seed` alone.
+
+    All is drawn on the CPU and then copied, so that a seed gives the same weights on every device. Under
+    `torch.nn.utils.parametrize` the plain weight is drawn and goes through `right_inverse`, as when the parametrization
+    was registered. Frozen parameters keep their values; normalisation layers reset their running statistics too.
+    Parameters and buffers stay the same objects, and the global random state is left alone.
+
+    Raises:
+        ValueError: a trainable parameter that no `reset_parameters` writes in full, one without values (lazy, meta), a
+            `reset_parameters` that fails, or a layer under an old hook of `torch.nn.utils` that computes its weight.
+            The module is then as it was.
+    """
+    _refuse_hooks(module)
+    trainable = {name: parameter for name, parameter in named_parameters(module).items() if parameter.requires_grad}
+    if empty := [
+        n for n, p in named_parameters(module).items() if p.is_meta or isinstance(p, UninitializedTensorMixin)
+    ]:
+        raise ValueError(
+            f"cannot reinitialise {describe(empty)} without values: materialise the module first, a lazy one by a "
+            "batch, one on the meta device by to_empty()"
+        )
+    with _copies(module), random_state.forked(), parametrize.cached(), torch.device("cpu"):
+        computed = _computed(module)  # before the fill: some parametrizations cannot compute with NaN
+        before = {own: (value.clone(), [o.clone() for o in _originals(own)]) for own, value in computed.items()}
+        for tensor in (*trainable.values(), *computed.values()):
+            tensor.fill_(torch.nan)
+        random_state.seed_all(seed)
+        _reset(module)
+        for parametrization, value in computed.items():
+            if any(own.isnan().any() for own in _originals(parametrization)) and not value.isnan().any():
+                _assign(parametrization, value, *before[parametrization])
+        if undrawn := [name for name, parameter in trainable.items() if parameter.isnan().any()]:
+            raise ValueError(f"cannot reinitialise {describe(undrawn)}: {_advice(module, trainable[undrawn[0]])}")
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    for where, part in module.named_modules():
+        for hook in part._forward_pre_hooks.values():
+            advice = next((advice for kind, advice in HOOKS.items() if isinstance(hook, kind)), None)
+            shares = isinstance(hook, SpectralNorm)  # until the first forward pass, its weight and what is trained
+            if advice and (shares or any(own is not None and own.requires_grad for own in part._parameters.values())):
+                raise ValueError(f"cannot reinitialise {canonical(where) or 'the module'}: {advice}")
+
+
+def _reset(module: nn.Module) -> None:
+    names = {part: canonical(name) for name, part in module.named_modules()}
+    for part in reversed(plain_modules(module)):
+        own = dict(part._parameters)
+        if reset := _resetter(part):
+            try:
+                reset()
+            except Exception as error:
+                where, reason = names[part] or "the module", " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"cannot reinitialise {where}: {type(part).__name__}.{reset.__name__}() failed ({reason})"
+                ) from error
+        for name, parameter in own.items():  # a reset may assign a new parameter, which no optimizer has
+            new = part._parameters.get(name)
+            if new is not parameter and parameter is not None:
+                if new is not None and new.shape == parameter.shape:
+                    parameter.copy_(new)
+                part._parameters[name] = parameter
+
+
+def _resetter(part: nn.Module) -> Callable[[], None] | None:
+    """`reset_parameters`, which `nn.MultiheadAttention` and `nn.Transformer` spell with an underscore."""
+    return getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+
+
+def _advice(module: nn.Module, parameter: nn.Parameter) -> str:
+    owner = next(p for p in module.modules() if any(own is parameter for own in p._parameters.values()))
+    if isinstance(owner, parametrize.ParametrizationList):
+        steps = " and ".join(type(step).__name__.removeprefix("_") for step in owner)  # pyright: ignore[reportGeneralTypeIssues]
+        return (
+            f"the layer's reset_parameters() must draw the weight, and the right_inverse of {steps} put it into what "
+            "is trained (orthogonal has use_trivialization=False for that)"
+        )
+    which = f" that draws it ({type(owner).__name__}'s does not)" if _resetter(owner) else ""
+    return f"give the module that owns it reset_parameters(){which}"
+
+
+# ---- copies on the CPU
+
+
+@contextmanager
+def _copies(module: nn.Module) -> Iterator[None]:
+    """Let parameters and buffers hold copies on the CPU; take over what becomes of them unless the block raises."""
+    parameters = list(module.parameters())
+    there = [parameter.data for parameter in parameters]
+    for parameter, own in zip(parameters, copy.deepcopy([data.cpu() for data in there]), strict=True):
+        parameter.data = own
+    places = [(part._buffers, name) for part in module.modules() for name in part._buffers]
+    buffers = [held[name] for held, name in places]
+    copied = {buffer: buffer.detach().cpu().clone() for buffer in buffers if buffer is not None}
+    for held, name in places:
+        held[name] = copied.get(held[name])  # pyright: ignore[reportArgumentType]
+    complete = False
+    try:
+        yield
+        complete = True
+    finally:
+        for parameter, data in zip(parameters, there, strict=True):
+            if complete and parameter.requires_grad:
+                data.copy_(parameter.data)
+            parameter.data = data
+        for (held, name), buffer in zip(places, buffers, strict=True):
+            new, held[name] = held[name], buffer
+            if complete and buffer is not None and new is not None:
+                _take_over(held, name, buffer, new)
+
+
+def _take_over(held: dict[str, Tensor | None], name: str, buffer: Tensor, new: Tensor) -> None:
+    """In place, since DDP holds the buffer too, unless it cannot be written to."""
+    if new.shape == buffer.shape and buffer.is_contiguous() and not buffer.is_inference():
+        buffer.copy_(new)
+    elif not torch.equal(new, buffer.to(new.device)):
+        held[name] = new.to(buffer.device)
+
+
+# ---- parametrizations
+
+
+def _originals(parametrization: parametrize.ParametrizationList) -> list[Tensor]:
+    """What is trained in the place of the weight."""
+    if parametrization.is_tensor:
+        return [parametrization.original]  # pyright: ignore[reportReturnType]
+    return [getattr(parametrization, f"original{index}") for index in range(parametrization.ntensors)]
+
+
+def _computed(module: nn.Module) -> dict[parametrize.ParametrizationList, Tensor]:
+    """The weights that parametrizations compute, as `reset_parameters` will see them in `parametrize.cached()`."""
+    return {
+        parametrization: getattr(part, name)
+        for part in plain_modules(module)
+        if parametrize.is_parametrized(part)
+        for name, parametrization in part.parametrizations.items()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        if any(isinstance(own, nn.Parameter) and own.requires_grad for own in _originals(parametrization))
+    }
+
+
+def _assign(parametrization: parametrize.ParametrizationList, value: Tensor, old: Tensor, before: list[Tensor]) -> None:
+    """Give the originals the plain weight `value`, by the rule of `register_parametrization`.
+
+    Where another weight leaves all of them as they were `before`, it went elsewhere: they count as not drawn.
+    """
+    new = value.clone()  # it may be a view of an original
+    for step in reversed(parametrization):  # pyright: ignore[reportArgumentType]
+        if hasattr(step, "right_inverse"):
+            with suppress(NotImplementedError):  # the identity, as where there is none
+                new = step.right_inverse(new)  # pyright: ignore[reportCallIssue]
+        if isinstance(step, parametrizations._SpectralNorm):
+            _restart(step, new)
+    drawn = [new] if isinstance(new, Tensor) else list(new)
+    if torch.equal(value, old) or not all(map(torch.equal, drawn, before)):
+        for own, tensor in zip(_originals(parametrization), drawn, strict=True):
+            own.copy_(tensor)
+
+
+def _restart(norm: nn.Module, weight: Tensor) -> None:
+    """Draw the singular vectors and iterate as the constructor does: those of the old weight would mislead."""
+    fresh = type(norm)(weight, getattr(norm, "n_power_iterations", 1), norm.dim, norm.eps)  # pyright: ignore[reportCallIssue]
+    for own, drawn in zip(norm.buffers(), fresh.buffers(), strict=True):
+        own.copy_(drawn)
