@@ -39,10 +39,10 @@ def reinitialise(module: nn.Module, seed: int) -> None:
             The module is then as it was.
     """
     _refuse_hooks(module)
-    trainable = {name: parameter for name, parameter in named_parameters(module).items() if parameter.requires_grad}
-    if empty := [
-        n for n, p in named_parameters(module).items() if p.is_meta or isinstance(p, UninitializedTensorMixin)
-    ]:
+    parameters = named_parameters(module)
+    trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors = parameters | named_buffers(module)
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta or is_lazy(tensor)]:
         raise ValueError(
             f"cannot reinitialise {describe(empty)} without values: materialise the module first, a lazy one by a "
             "batch, one on the meta device by to_empty()"
