@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lottery_callbacks import random_state
 from lottery_callbacks.messages import describe
-from lottery_callbacks.names import canonical, named_parameters, plain_modules
+from lottery_callbacks.names import canonical, named_buffers, named_parameters, plain_modules
 
 # Hooks that compute a weight before each forward pass, so that reset_parameters() never reaches what is trained.
 HOOKS = {
