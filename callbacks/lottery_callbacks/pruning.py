@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lottery_callbacks.custom_scores import checked, needed
 from lottery_callbacks.functional.masks import Masks, keep_highest, kept
 from lottery_callbacks.functional.scopes import SCOPES
 from lottery_callbacks.functional.scores import SCORES, Evidence, Score, Tensors
@@ -67,7 +68,7 @@ class Pruning:
     @property
     def needs(self) -> str | None:
         """What a fit collects for the score: "batches", "movement", or None."""
-        return getattr(self._score, "needs", None)
+        return needed(self._score)
 
     @property
     def _score(self) -> Score:
@@ -139,6 +140,8 @@ class Pruning:
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
         """The score of every weight that has a mask, beside that mask."""
         scores = self._score(replace(evidence, weights={name: evidence.weights[name] for name in masks}))
+        if not isinstance(self.score, str):
+            scores = checked(self.score, scores, masks)
         return {name: scores[name].to(mask.device) for name, mask in masks.items()}
 
     def __str__(self) -> str:

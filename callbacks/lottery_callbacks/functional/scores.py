@@ -1,5 +1,6 @@
 """Scores: functions that rank weights; the highest are kept. A new score is one function and one entry below."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,11 @@ def needs(what: str) -> Callable[[Score], Score]:
         raise ValueError(f"needs({what!r}) is not known: choose batches or movement")
 
     def mark(score: Score) -> Score:
-        score.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        try:
+            score.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        except AttributeError:  # a bound method, or an object with slots
+            score = functools.partial(score)
+            score.needs = what  # pyright: ignore[reportAttributeAccessIssue]
         return score
 
     return mark
