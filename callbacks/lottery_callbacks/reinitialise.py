@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +50,13 @@ def reinitialise(module: nn.Module, seed: int) -> None:
         )
     with _copies(module), random_state.forked(), parametrize.cached(), torch.device("cpu"):
         computed = _computed(module)  # before the fill: some parametrizations cannot compute with NaN
-        before = {own: (value.clone(), [o.clone() for o in _originals(own)]) for own, value in computed.items()}
         for tensor in (*trainable.values(), *computed.values()):
             tensor.fill_(torch.nan)
         random_state.seed_all(seed)
         _reset(module)
         for parametrization, value in computed.items():
             if any(own.isnan().any() for own in _originals(parametrization)) and not value.isnan().any():
-                _assign(parametrization, value, *before[parametrization])
+                _assign(parametrization, value)
         if undrawn := [name for name, parameter in trainable.items() if parameter.isnan().any()]:
             raise ValueError(f"cannot reinitialise {describe(undrawn)}: {_advice(module, trainable[undrawn[0]])}")
 
@@ -117,11 +117,11 @@ def _copies(module: nn.Module) -> Iterator[None]:
     there = [parameter.data for parameter in parameters]
     for parameter, own in zip(parameters, copy.deepcopy([data.cpu() for data in there]), strict=True):
         parameter.data = own
-    places = [(part._buffers, name) for part in module.modules() for name in part._buffers]
-    buffers = [held[name] for held, name in places]
-    copied = {buffer: buffer.detach().cpu().clone() for buffer in buffers if buffer is not None}
+    places = [(part._buffers, name) for part in module.modules() for name, b in part._buffers.items() if _plain(b)]
+    buffers: list[Any] = [held[name] for held, name in places]
+    copied = {buffer: buffer.detach().cpu().clone() for buffer in buffers}
     for held, name in places:
-        held[name] = copied.get(held[name])  # pyright: ignore[reportArgumentType]
+        held[name] = copied[held[name]]  # pyright: ignore[reportArgumentType]
     complete = False
     try:
         yield
@@ -133,16 +133,20 @@ def _copies(module: nn.Module) -> Iterator[None]:
             parameter.data = data
         for (held, name), buffer in zip(places, buffers, strict=True):
             new, held[name] = held[name], buffer
-            if complete and buffer is not None and new is not None:
-                _take_over(held, name, buffer, new)
+            if complete and new is not None and new.shape == buffer.shape:
+                buffer.copy_(new)  # in place, since DDP holds it too
+            elif complete:
+                held[name] = None if new is None else new.to(buffer.device)
 
 
-def _take_over(held: dict[str, Tensor | None], name: str, buffer: Tensor, new: Tensor) -> None:
-    """In place, since DDP holds the buffer too, unless it cannot be written to."""
-    if new.shape == buffer.shape and buffer.is_contiguous() and not buffer.is_inference():
-        buffer.copy_(new)
-    elif not torch.equal(new, buffer.to(new.device)):
-        held[name] = new.to(buffer.device)
+def _plain(buffer: Tensor | None) -> bool:
+    """Whether it can be written to: not expanded, sparse or made in inference mode."""
+    return (
+        buffer is not None
+        and buffer.layout == torch.strided
+        and not buffer.is_inference()
+        and not (buffer.numel() > 1 and 0 in buffer.stride())
+    )
 
 
 # ---- parametrizations
@@ -166,22 +170,23 @@ def _computed(module: nn.Module) -> dict[parametrize.ParametrizationList, Tensor
     }
 
 
-def _assign(parametrization: parametrize.ParametrizationList, value: Tensor, old: Tensor, before: list[Tensor]) -> None:
+def _assign(parametrization: parametrize.ParametrizationList, value: Tensor) -> None:
     """Give the originals the plain weight `value`, by the rule of `register_parametrization`.
 
-    Where another weight leaves all of them as they were `before`, it went elsewhere: they count as not drawn.
+    Not to an orthogonal one with `use_trivialization`: it puts a new weight into a buffer, and never what is trained.
     """
+    steps: list[Any] = list(parametrization)  # pyright: ignore[reportArgumentType]
+    if any(isinstance(step, parametrizations._Orthogonal) and hasattr(step, "base") for step in steps):
+        return
     new = value.clone()  # it may be a view of an original
-    for step in reversed(parametrization):  # pyright: ignore[reportArgumentType]
+    for step in reversed(steps):
         if hasattr(step, "right_inverse"):
             with suppress(NotImplementedError):  # the identity, as where there is none
-                new = step.right_inverse(new)  # pyright: ignore[reportCallIssue]
+                new = step.right_inverse(new)
         if isinstance(step, parametrizations._SpectralNorm):
             _restart(step, new)
-    drawn = [new] if isinstance(new, Tensor) else list(new)
-    if torch.equal(value, old) or not all(map(torch.equal, drawn, before)):
-        for own, tensor in zip(_originals(parametrization), drawn, strict=True):
-            own.copy_(tensor)
+    for own, drawn in zip(_originals(parametrization), [new] if isinstance(new, Tensor) else new, strict=True):
+        own.copy_(drawn)
 
 
 def _restart(norm: nn.Module, weight: Tensor) -> None:
