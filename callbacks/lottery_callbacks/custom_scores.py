@@ -43,8 +43,8 @@ def needed(score: Score) -> str | None:
     return needed(score.func) if isinstance(score, functools.partial) else getattr(score.__call__, "needs", None)
 
 
-def require_marker(score: Score, weights: Mapping[str, Tensor]) -> None:
-    """Try a score without a marker whose code mentions what needs one, on copies of `weights`.
+def require_marker(score: Score, weights: Mapping[str, Tensor], options: Mapping[str, Any] | None = None) -> None:
+    """Try a score without a marker whose code mentions what needs one, on copies of `weights`, with its `options`.
 
     A score that mentions nothing of that kind is not called. Global random states are put back; errors of the score's
     own are left to the first pruning.
@@ -55,7 +55,7 @@ def require_marker(score: Score, weights: Mapping[str, Tensor]) -> None:
     if needed(score) or not _mentions(score, set()):
         return
 
-    def batches() -> NoReturn:
+    def batches(**_: Any) -> NoReturn:
         raise Unmarked(score, "batches")
 
     for movement in (None, _Trap(score)):  # None, as in the fit: a score may do without
@@ -63,7 +63,7 @@ def require_marker(score: Score, weights: Mapping[str, Tensor]) -> None:
         evidence = Evidence(copies, torch.Generator().manual_seed(0), losses=batches, flow=batches, movement=movement)
         try:
             with random_state.forked(), torch.enable_grad():
-                found = score(evidence)
+                found = score(evidence, **(options or {}))  # pyright: ignore[reportCallIssue]
         except Unmarked:
             raise
         except Exception:

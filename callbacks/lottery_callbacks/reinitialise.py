@@ -83,7 +83,7 @@ def _reset(module: nn.Module) -> None:
                     f"cannot reinitialise {where}: {type(part).__name__}.{reset.__name__}() failed ({reason})"
                 ) from error
         for name, parameter in own.items():  # a reset may assign a new parameter, which no optimizer has
-            new = part._parameters.get(name)
+            new = dict(part._parameters).get(name)  # a scripted module's has no get
             if new is not parameter and parameter is not None:
                 if new is not None and new.shape == parameter.shape:
                     parameter.copy_(new)

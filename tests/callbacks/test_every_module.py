@@ -49,5 +49,5 @@ def test_scores_of_every_module_or_a_refusal(score):
         batch = torch.randn(4, 8)
         if name.startswith("Lazy"):
             module(batch)
-        outcome(partial(score_of, module, score, lambda m=module, b=batch: m(b), batch), lambda: [score, "scores of"])
+        outcome(partial(score_of, module, score, lambda m=module, b=batch: m(b), batch), lambda: [score, "scores of", "differentiate the loss"])
         assert Pruning().prunable(module).keys() >= {"stem.weight", "head.weight"}

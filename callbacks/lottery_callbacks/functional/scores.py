@@ -57,7 +57,15 @@ class Evidence:
 
     def _differentiate(self, scalar: Any, create_graph: bool = False) -> list[Tensor]:
         weights = list(self.weights.values())
-        return list(torch.autograd.grad(scalar, weights, create_graph=create_graph, materialize_grads=True))
+        try:
+            return list(torch.autograd.grad(scalar, weights, create_graph=create_graph, materialize_grads=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as an operation without a second derivative
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"torch cannot differentiate the loss as the score needs it ({reason}): choose another score"
+            ) from error
 
 
 Score = Callable[[Evidence], Tensors]
