@@ -90,7 +90,7 @@ def checked(score: Score, found: Any, masks: Masks) -> Tensors:
             own, shape = tuple(value.shape), tuple(mask.shape)
             raise ValueError(f"score {title(score)} has the shape {own} for {name}: give it the weight's, {shape}")
         if value.is_complex():
-            raise ValueError(f"score {title(score)} is complex for {name}, which has no order: give its abs()")
+            raise ValueError(f"scores of {name} are complex, and have no order: return their abs() in {title(score)}")
         if not torch.isfinite(value[mask.to(value.device)]).all():
             raise ValueError(
                 f"score {title(score)} is not finite for {name}: did the training diverge, or does it divide by 0?"

@@ -86,11 +86,11 @@ SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0])
 FLOATS = torch.linspace(0, 1, 12).view(4, 3)
 SHAPES = {1: (2, 2, 6), 2: (2, 2, 6, 6), 3: (2, 2, 6, 6, 6)}
 SMALL = {"d_model": 4, "nhead": 2, "dim_feedforward": 4, "dropout": 0.0}
-ELEMENTWISE = (
-    "AlphaDropout CELU Dropout ELU FeatureAlphaDropout GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU "
-    "LogSigmoid LogSoftmax Mish PReLU RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmin Softplus Softshrink Softsign "
-    "Tanh Tanhshrink"
-).split()
+ELEMENTWISE = [
+    "AlphaDropout", "CELU", "Dropout", "ELU", "FeatureAlphaDropout", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish",
+    "Hardtanh", "Identity", "LeakyReLU", "LogSigmoid", "LogSoftmax", "Mish", "PReLU", "RReLU", "ReLU", "ReLU6",
+    "SELU", "SiLU", "Sigmoid", "Softmax", "Softmin", "Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink",
+]  # fmt: skip
 NO_MODULES = {"Module", "Container", "RNNBase", "RNNCellBase"}  # bases, which nobody builds
 
 TABLE: dict[str, Entry] = {name: bare(name, (4, 6)) for name in ELEMENTWISE}
@@ -153,7 +153,9 @@ TABLE |= {
     "MultiMarginLoss": loss_of("MultiMarginLoss", LABELS),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True), _attention),
     "NLLLoss": loss_of("NLLLoss", LABELS),
-    "NLLLoss2d": (nn.NLLLoss2d, lambda module, values: module(shaped(values, 2, 3, 2, 2), LABELS.view(2, 1, 2).expand(2, 2, 2).clone())),
+    "NLLLoss2d": (
+        nn.NLLLoss2d, lambda module, values: module(shaped(values, 2, 3, 2, 2), LABELS.repeat(2).view(2, 2, 2))
+    ),
     "PairwiseDistance": (nn.PairwiseDistance, _pairs),
     "ParameterDict": _held(lambda: nn.ParameterDict({"weight": torch.ones(3, 4)}), lambda own: own["weight"]),
     "ParameterList": _held(lambda: nn.ParameterList([torch.ones(3, 4)]), lambda own: own[0]),
