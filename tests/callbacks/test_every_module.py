@@ -22,7 +22,8 @@ REDRAWN = ["ParameterDict", "ParameterList", "Linear, scripted"]
 
 def slowly(name):
     """Twins of the classes of two dimensions are left to `make test-all`."""
-    return pytest.param(name, marks=pytest.mark.slow if name.endswith(("1d", "3d")) or "Lazy" in name[:-6] else [])
+    twin = name.endswith(("1d", "3d")) or (name.startswith("Lazy") and name != "LazyLinear")
+    return pytest.param(name, marks=pytest.mark.slow if twin else [])
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

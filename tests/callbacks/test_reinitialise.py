@@ -261,3 +261,18 @@ def test_buffers_in_odd_places_are_let_be():
     assert module[1].made is made
     assert module[1].expanded is expanded
     assert module[1].sparse is sparse
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_seed_gives_the_same_weights_on_a_gpu_in_the_same_memory():
+    def make():
+        return nn.Sequential(layer(), P.weight_norm(layer()), nn.GRU(6, 6), nn.BatchNorm1d(6))
+
+    here, there = make(), make().cuda()
+    places, state = [own.data_ptr() for own in there.parameters()], torch.cuda.get_rng_state()
+    for module in (here, there):
+        reinitialise(module, 3)
+    assert bits(there) == bits(here)
+    assert [own.data_ptr() for own in there.parameters()] == places
+    assert torch.equal(torch.cuda.get_rng_state(), state)
