@@ -1,7 +1,6 @@
 """Train a ticket, or a control of it, in one ordinary fit."""
 
 import os
-from collections.abc import Callable
 from typing import Literal
 
 import lightning.pytorch as L
@@ -9,13 +8,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lottery_callbacks import random_state
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
-from lottery_callbacks.messages import describe, one_of
-from lottery_callbacks.names import named_parameters, plain_modules
+from lottery_callbacks.messages import one_of
 from lottery_callbacks.plan import plan_of_masks, require_held
 from lottery_callbacks.prunable import require_values
+from lottery_callbacks.reinitialise import reinitialise
 from lottery_callbacks.ticket import Ticket
 
 Weights = Literal["rewind", "reinit"]
@@ -40,7 +38,7 @@ class ApplyTicket(MaskedTraining):
 
     Raises:
         ValueError: the ticket is for another architecture; a checkpoint holds another mask or none;
-            `reset_parameters` is missing where "reinit" needs it.
+            "reinit" cannot draw a trainable parameter (see `reinitialise`).
     """
 
     def __init__(
@@ -87,39 +85,3 @@ def start_from(ticket: Ticket, trainer: L.Trainer, module: nn.Module, resumes: b
         ticket.rewind.restore(trainer, module)
     elif "learning_rates" in ticket.rewind.training:
         trainer.lr_scheduler_configs.clear()  # fine-tuning: the checkpoint holds the rate, and no schedule
-
-
-@torch.no_grad()
-def reinitialise(module: nn.Module, seed: int) -> None:
-    """Redraw every trainable parameter by `reset_parameters`, children before parents, from `seed` alone.
-
-    Frozen parameters keep their values; normalisation layers reset their running statistics too.
-
-    Raises:
-        ValueError: a trainable parameter belongs to no module with `reset_parameters`.
-    """
-    frozen = {parameter: parameter.clone() for parameter in module.parameters() if not parameter.requires_grad}
-    missing = [
-        name
-        for name, parameter in named_parameters(module).items()
-        if parameter not in frozen and not any(_resetter(part) for part in _lineage(module, name))
-    ]
-    if missing:
-        raise ValueError(f"cannot reinitialise {describe(missing)}: give the module that owns it reset_parameters()")
-    with random_state.forked():
-        torch.manual_seed(seed)
-        for part in reversed(plain_modules(module)):
-            if reset := _resetter(part):
-                reset()
-    for parameter, value in frozen.items():
-        parameter.copy_(value)
-
-
-def _resetter(part: nn.Module) -> Callable[[], None] | None:
-    """`reset_parameters`, which `nn.MultiheadAttention` and `nn.Transformer` spell with an underscore."""
-    return getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-
-
-def _lineage(module: nn.Module, parameter: str) -> list[nn.Module]:
-    path = parameter.split(".")[:-1]
-    return [module.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]

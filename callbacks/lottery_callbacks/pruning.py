@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lottery_callbacks.custom_scores import checked, needed
 from lottery_callbacks.functional import slices
 from lottery_callbacks.functional.masks import Masks, keep_highest, kept, ones
 from lottery_callbacks.functional.scopes import SCOPES, Budget
@@ -99,7 +100,7 @@ class Pruning:
     @property
     def needs(self) -> str | None:
         """What a fit collects for the score: "batches", "movement", or None."""
-        return getattr(self._score, "needs", None)
+        return needed(self._score)
 
     @property
     def _score(self) -> Score:
@@ -216,6 +217,8 @@ class Pruning:
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
         """The score of every weight that has a mask, beside that mask."""
         scores = self._score(replace(evidence, weights={name: evidence.weights[name] for name in masks}))
+        if not isinstance(self.score, str):
+            scores = checked(self.score, scores, masks)
         if numbers := [name for name in masks if scores[name].is_complex()]:
             raise ValueError(f"scores of {describe(numbers)} are complex, and have no order: return their abs()")
         return {name: scores[name].to(mask.device) for name, mask in masks.items()}

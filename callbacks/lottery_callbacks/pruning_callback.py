@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection  # comes wit
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lottery_callbacks.custom_scores import Unmarked, require_marker
 from lottery_callbacks.functional.scores import Evidence, Tensors
 from lottery_callbacks.functional.synaptic_flow import synaptic_flow
 from lottery_callbacks.masked_training import MaskedTraining, of_all_processes, of_this_process
@@ -63,6 +64,8 @@ class PruningCallback(MaskedTraining):
         )
 
     def _recent(self) -> list[Any]:
+        if self.pruning.needs != "batches" and callable(self.pruning.score):
+            raise Unmarked(self.pruning.score, "batches")
         if not self._batches:
             raise ValueError(f"score {self.pruning} needs a training batch, and this fit has trained none")
         return list(self._batches)
@@ -96,6 +99,8 @@ class PruningCallback(MaskedTraining):
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         super().apply_masks(trainer, module)
         own, needed = named_parameters(module), self.pruning.needs
+        if callable(self.pruning.score):
+            require_marker(self.pruning.score, {name: own[name] for name in self.masks})
         frozen = [name for name in self.masks if not own[name].requires_grad]
         if needed and frozen:
             raise ValueError(f"score {self.pruning} needs gradients, and {describe(frozen)} is frozen: exclude it")

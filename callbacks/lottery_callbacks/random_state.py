@@ -73,6 +73,16 @@ def _primitive(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def seed_all(seed: int) -> None:
+    """Seed what `collect` collects, and no device that is not in use yet, whose state would not be put back."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def forked() -> Iterator[None]:
     """A block that may draw as it likes: the state is put back after it."""

@@ -7,7 +7,7 @@ from lottery_lightning.data.draws import derived_seed
 
 
 def draw_network(network: nn.Module, *parts: object) -> None:
-    """Redraw all of a frozen network by its `reset_parameters`, from `parts` and its device alone; it stays frozen.
+    """Redraw all of a frozen network by its `reset_parameters`, from `parts` alone; it stays frozen.
 
     Raises:
         ValueError: a parameter belongs to no module with `reset_parameters`.

@@ -1,5 +1,6 @@
 """Scores: functions that rank weights; the highest are kept. A new score is one function and one entry below."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,15 @@ class Evidence:
 
     def _differentiate(self, scalar: Any, create_graph: bool = False) -> list[Tensor]:
         weights = list(self.weights.values())
-        return list(torch.autograd.grad(scalar, weights, create_graph=create_graph, materialize_grads=True))
+        try:
+            return list(torch.autograd.grad(scalar, weights, create_graph=create_graph, materialize_grads=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as an operation without a second derivative
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"torch cannot differentiate the loss as the score needs it ({reason}): choose another score"
+            ) from error
 
 
 Score = Callable[[Evidence], Tensors]
@@ -74,7 +83,11 @@ def needs(what: str) -> Callable[[Score], Score]:
         raise ValueError(f"needs({what!r}) is not known: choose batches or movement")
 
     def mark(score: Score) -> Score:
-        score.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        try:
+            score.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        except AttributeError:  # a bound method, or an object with slots
+            score = functools.partial(score)
+            score.needs = what  # pyright: ignore[reportAttributeAccessIssue]
         return score
 
     return mark
