@@ -37,8 +37,9 @@ class MaskedTraining(L.Callback):
     `state_dict` keys never change.
 
     Kept in checkpoints: the masks, the random state of each process and the order of the running epoch, so that a
-    resumed fit goes on bit for bit, with the next batch of that epoch (`loader_order` says for which loaders). Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are
-    applied: one digest is gathered.
+    resumed fit goes on bit for bit, with the next batch of that epoch (`loader_order` says for which loaders). Sharded
+    strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are applied: one
+    digest is gathered.
     Cost a step: two bitwise ands over the pruned tensors; in a visit of several steps one, since there the weights are
     masked once a visit if the optimizer cannot move them (`keeps_zeros`).
 
