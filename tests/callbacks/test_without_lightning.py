@@ -118,6 +118,7 @@ def test_lightning_cli_knows_the_callbacks_by_their_short_and_public_names():
         """
     names = ("--trainer.callbacks+=SparsityMonitor", "--trainer.callbacks+=lottery_callbacks.GradualPruning")
     command = [sys.executable, "-c", textwrap.dedent(code), "fit", *names, "--trainer.callbacks.sparsity=0.5"]
+    command += ["--trainer.callbacks.pruning.scope=global"]
     printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True).stdout
     assert "class_path: lottery_callbacks.SparsityMonitor" in printed
     assert "class_path: lottery_callbacks.GradualPruning" in printed

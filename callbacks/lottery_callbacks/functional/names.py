@@ -52,17 +52,17 @@ def canonical(name: str, module: nn.Module | None = None) -> str:
         return ".".join(segment for segment in segments if segment not in SEGMENTS)
     part, kept = module, []
     for segment in segments:
-        while attributes := _attributes(part):
+        while part is not None and (attributes := _attributes(part)):
             if segment in attributes or segment in part._buffers:
                 break
             part = part._modules[attributes[-1]]  # activation checkpointing and Fabric hide the segment
-        if segment not in attributes:
+        if part is None or segment not in _attributes(part):
             kept.append(segment)
         part = part._modules.get(segment) if part is not None else None
     return ".".join(kept)
 
 
-def _attributes(module: nn.Module | None) -> tuple[str, ...]:
+def _attributes(module: nn.Module) -> tuple[str, ...]:
     """The attributes that hold the wrapped module; none where `module` is no wrapper."""
     for kind in type(module).__mro__:
         if attributes := WRAPPERS.get((kind.__module__, kind.__qualname__)):

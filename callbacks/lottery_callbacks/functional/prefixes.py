@@ -26,7 +26,8 @@ def differing_prefixes(first: Shapes, second: Shapes) -> tuple[str, str] | None:
     for other in second:
         one, two = name.split("."), other.split(".")
         while one and two and one[-1] == two[-1]:
-            one.pop(), two.pop()
+            one.pop()
+            two.pop()
         prefixes = ".".join(one), ".".join(two)
         if prefixes[0] == prefixes[1] or ".".join(one) == name:
             continue
