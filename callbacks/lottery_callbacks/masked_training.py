@@ -14,7 +14,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.module_state import require_capturable
 from lottery_callbacks.names import named_parameters
+from lottery_callbacks.optimizer_state import parameter_names
+from lottery_callbacks.rewinding import resume_by_name
 from lottery_callbacks.sharding import refuse_sharded
 
 # Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
@@ -55,10 +58,11 @@ class MaskedTraining(L.Callback):
         self._handles: list[Any] = []
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] = {}
         self._once_a_visit = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._resumed = {}  # a checkpoint's state, if any, is loaded after this
+        self._resumed, self._checkpoint = {}, {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
             callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,7 +77,9 @@ class MaskedTraining(L.Callback):
         Raises:
             ValueError: the checkpoint holds no mask, or another one than `self.masks`; or the Trainer is used twice.
         """
-        state = self._resumed
+        module, checkpoint, state = trainer.lightning_module, self._checkpoint, self._resumed
+        self._checkpoint = {}
+        require_capturable(module)
         if not state and not trainer.ckpt_path:
             if trainer.global_step:
                 raise ValueError("this Trainer has trained already: make a new Trainer for each level")
@@ -87,6 +93,7 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
+        resume_by_name(trainer, module, checkpoint)
         random_state.restore(of_this_process(trainer, state["random_states"]))
         return True
 
@@ -167,6 +174,12 @@ class MaskedTraining(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": dict(self.fit_masks), "random_states": of_all_processes(random_state.collect())}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_parameters"] = parameter_names(trainer.optimizers, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint  # Lightning restores the optimizers from it later
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -17,7 +17,7 @@ from lottery_callbacks.foreign import plain
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import canonical, named_parameters
-from lottery_callbacks.rewinding import RewindPoint, check_same_architecture, load_snapshot
+from lottery_callbacks.rewinding import RewindPoint, check_same_architecture
 
 FORMAT = "lottery-ticket/1"
 
@@ -63,7 +63,7 @@ class Ticket:
         """
         self.check(module)
         parameters = named_parameters(module)
-        load_snapshot(module, self.rewind.tensors)
+        self.rewind.load_(module)
         for name, mask in self.masks.items():
             M.zero_pruned_(parameters[name], M.as_bits(mask, parameters[name]))
         return module
@@ -75,14 +75,12 @@ class Ticket:
         """
         prefix = canonical(name) + "."
 
-        def inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def inside(tensors: dict[str, Any]) -> dict[str, Any]:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
         if not inside(self.masks):
             raise ValueError(f"no mask below {name!r}: the ticket has {describe(list(self.masks))}")
-        return replace(
-            self, masks=inside(self.masks), rewind=RewindPoint(self.rewind.step, inside(self.rewind.tensors))
-        )
+        return replace(self, masks=inside(self.masks), rewind=self.rewind.renamed(inside))
 
     def as_submodule(self, name: str) -> "Ticket":
         """The same ticket for a module that holds the network as its submodule `name`, all of whose tensors it is.
@@ -91,11 +89,10 @@ class Ticket:
         """
         prefix = canonical(name) + "."
 
-        def outside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def outside(tensors: dict[str, Any]) -> dict[str, Any]:
             return {prefix + key: tensor for key, tensor in tensors.items()}
 
-        rewind = RewindPoint(self.rewind.step, outside(self.rewind.tensors))
-        return replace(self, masks=outside(self.masks), rewind=rewind)
+        return replace(self, masks=outside(self.masks), rewind=self.rewind.renamed(outside))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sparse network at the rewind point, mask * W_k, as a plain dense state dict: copies, pruned ones +0.0.
@@ -104,8 +101,8 @@ class Ticket:
         network.load_state_dict(ticket.for_submodule("network").state_dict())
         ```
 
-        Loads with `strict=True` where the network ties no weights and all its buffers are persistent: a rewind point
-        holds tied tensors once, and every buffer. For the others `apply_(network).state_dict()` has the right names.
+        Loads with `strict=True` where the network ties no weights and has no extra state: a rewind point holds tied
+        tensors once. For the others `apply_(network).state_dict()` has the right names.
         """
         tensors = {name: tensor.clone() for name, tensor in self.rewind.tensors.items()}
         for name, mask in self.masks.items():
