@@ -77,9 +77,8 @@ class MaskedTraining(L.Callback):
         Raises:
             ValueError: the checkpoint holds no mask, or another one than `self.masks`; or the Trainer is used twice.
         """
-        module, checkpoint, state = trainer.lightning_module, self._checkpoint, self._resumed
-        self._checkpoint = {}
-        require_capturable(module)
+        require_capturable(trainer.lightning_module)
+        state = self._resumed
         if not state and not trainer.ckpt_path:
             if trainer.global_step:
                 raise ValueError("this Trainer has trained already: make a new Trainer for each level")
@@ -93,13 +92,18 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
-        resume_by_name(trainer, module, checkpoint)
         random_state.restore(of_this_process(trainer, state["random_states"]))
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         """Begin a fit under `self.masks`."""
+        self.match_optimizers(trainer, module)
         self.change_masks(trainer, module, self.masks)
+
+    def match_optimizers(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Let a resumed fit restore optimizer state by name; call after `resumes`, as `apply_masks` does."""
+        resume_by_name(trainer, module, self._checkpoint)
+        self._checkpoint = {}
 
     def change_masks(self, trainer: L.Trainer, module: nn.Module, masks: M.Masks) -> None:
         """Train under `masks` from now on: zero the pruned weights, and keep each mask's bits beside its parameter.

@@ -7,21 +7,27 @@ A module that trains such a buffer must register it as persistent.
 import copy
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lottery_callbacks.buffers import (
+    ABSENT,
+    cache_names,
+    changed_presence,
+    first_presence,
+    modules_by_name,
+    persistent_buffers,
+    presence,
+    set_presence,
+)
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
 from lottery_callbacks.primitives import fits_a_file, primitive
 
-TENSOR, NONE, ABSENT = "tensor", "None", "absent"
 EXTRA = "_extra_state"  # torch's key, after the module's name
-
-_begun: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()  # see `_first_buffers`
 
 
 def require_capturable(module: nn.Module) -> None:
@@ -40,13 +46,7 @@ def require_capturable(module: nn.Module) -> None:
     _refuse(strange, "of a kind that no ticket holds", "make it a dense tensor, or a buffer with persistent=False")
     wide = [name for name, parameter in parameters.items() if parameter.requires_grad and not _writable(parameter)]
     _refuse(wide, "expanded, and cannot be trained", "make it a tensor of its own by clone()")
-    _first_buffers(module)
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Every buffer that `state_dict` holds by its canonical name; shared ones once."""
-    kept = {id(b) for part in module.modules() for n, b in part._buffers.items() if _persists(part, n)}
-    return {name: buffer for name, buffer in named_buffers(module).items() if id(buffer) in kept}
+    first_presence(module)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -76,14 +76,13 @@ def further_state(module: nn.Module) -> dict[str, dict[str, Any]]:
         except ValueError:
             lost.append(name)
     own = named_parameters(module).keys() | named_buffers(module).keys() | further_names(module)
-    places = {tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    places = {_place(tensor) for tensor in (*module.parameters(), *module.buffers())}
     for key, value in module.state_dict().items():
-        known = canonical(key) in own or key.endswith(EXTRA)
-        if not known and not (isinstance(value, Tensor) and value.data_ptr() in places):
+        if canonical(key) not in own and not key.endswith(EXTRA) and _place(value) not in places:
             lost.append(key)
     if lost:
         rank_zero_warn(f"a rewind point cannot hold the state of {describe(lost)}: it is not rewound")
-    began, now = _first_buffers(module), _presence(module)
+    began, now = first_presence(module), presence(module)
     changed = {n: now.get(n, ABSENT) for n in sorted(began | now) if now.get(n, ABSENT) != began.get(n, ABSENT)}
     found = {"extra_state": states, "buffers": changed}
     return {key: value for key, value in found.items() if value}
@@ -108,9 +107,9 @@ def load_snapshot(
     further = further or {}
     require_capturable(module)
     parameters, buffers = named_parameters(module), persistent_buffers(module)
-    ignored = (further_names(module) | _caches(module)) - buffers.keys()
+    ignored = (further_names(module) | cache_names(module)) - buffers.keys()
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    wanted = _wanted_buffers(module, given, further.get("buffers", {}))
+    wanted = changed_presence(module, given, further.get("buffers", {}))
     own = parameters | {
         name: buffer for name, buffer in buffers.items() if name in given or not _left_out(module, name)
     }
@@ -127,8 +126,8 @@ def load_snapshot(
         raise ValueError(f"the ticket holds {describe(unknown)}, which the network has no place for")
     _say_what_differs(own, given)
     with torch.no_grad():
-        for name, presence in wanted.items():
-            _set_presence(module, name, presence, given.get(name))
+        for name, there in wanted.items():
+            set_presence(module, name, there, given.get(name))
         for name, tensor in own.items():
             if name not in wanted:
                 _write(module, tensor, given[name])
@@ -176,67 +175,11 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-# ---- buffers that come and go
-
-
-def _persists(part: nn.Module, name: str) -> bool:
-    return name not in part._non_persistent_buffers_set
-
-
-def _caches(module: nn.Module) -> set[str]:
-    """The names of non-persistent buffers, tensors and None."""
-    return {
-        canonical(f"{prefix}.{name}" if prefix else name)
-        for prefix, part in module.named_modules()
-        for name in part._non_persistent_buffers_set
-    }
-
-
-def _presence(module: nn.Module) -> dict[str, str]:
-    """Of each persistent buffer, whether it is a tensor or None."""
-    return {
-        canonical(f"{prefix}.{name}" if prefix else name): NONE if buffer is None else TENSOR
-        for prefix, part in module.named_modules()
-        for name, buffer in part._buffers.items()
-        if _persists(part, name)
-    }
-
-
-def _first_buffers(module: nn.Module) -> dict[str, str]:
-    """`_presence` when a fit of this module was first seen, so that what its forward registered later is known."""
-    return _begun.setdefault(module, _presence(module))
-
-
-def _wanted_buffers(module: nn.Module, given: Mapping[str, Tensor], saved: Mapping[str, str]) -> dict[str, str]:
-    """What becomes of the buffers that are present on one side alone, where the fit itself made the difference."""
-    began, now, wanted = _first_buffers(module), _presence(module), {}
-    places, parameters = _places(module), named_parameters(module)
-    for name in sorted({*began, *now, *saved} - parameters.keys()):
-        there = TENSOR if name in given else saved.get(name, began.get(name, ABSENT))
-        explained = name in saved or began.get(name, ABSENT) == there
-        possible = name.rpartition(".")[0] in places and (there != TENSOR or name in given)
-        if explained and possible and now.get(name, ABSENT) != there:
-            wanted[name] = there
-    return wanted
-
-
-def _places(module: nn.Module) -> dict[str, nn.Module]:
-    return {canonical(name): part for name, part in module.named_modules()}
-
-
-def _set_presence(module: nn.Module, name: str, presence: str, value: Tensor | None) -> None:
-    owner, _, attribute = name.rpartition(".")
-    part = _places(module)[owner]
-    if presence == ABSENT:
-        delattr(part, attribute)
-    elif value is None:
-        part.register_buffer(attribute, None)
-    else:
-        device = next((tensor.device for tensor in (*part.parameters(), *module.parameters())), value.device)
-        part.register_buffer(attribute, value.to(device, copy=True))
-
-
 # ---- writing
+
+
+def _place(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) and fits_a_file(value) else id(value)
 
 
 def _left_out(module: nn.Module, name: str) -> bool:
@@ -274,6 +217,6 @@ def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
     default = nn.Module.get_extra_state
     return {
         f"{name}.{EXTRA}".removeprefix("."): part
-        for name, part in _places(module).items()
+        for name, part in modules_by_name(module).items()
         if type(part).get_extra_state is not default
     }

@@ -64,9 +64,9 @@ class RewindPoint:
     @classmethod
     def of(cls, module: nn.Module, step: int = 0, training: Mapping[str, Any] | None = None) -> "RewindPoint":
         """Copy the module's present state, beside the `training` state of step `step`."""
-        further = further_state(module)
+        tensors, further = snapshot(module), further_state(module)
         others = {key: value for key, value in (training or {}).items() if key != "module"}
-        return cls(step, snapshot(module), others | ({"module": further} if further else {}))
+        return cls(step, tensors, others | ({"module": further} if further else {}))
 
     def load_(self, module: nn.Module) -> None:
         """Put the module alone into this state, as `load_snapshot` says."""
