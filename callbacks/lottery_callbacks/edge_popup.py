@@ -152,6 +152,7 @@ class EdgePopup(ScoreTraining):
             self.masks = self._select(list(parameters))
             if self.draws[0] != "module":
                 self._zero_biases(pl_module, list(parameters.values()))
+        self.match_optimizers(trainer, pl_module)
         self.bake(list(parameters.values()))
         require_agreement(trainer, self.masks)
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,10 +20,12 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
 from lottery_callbacks.masked_training import require_agreement
 from lottery_callbacks.messages import one_of
+from lottery_callbacks.module_state import require_capturable
+from lottery_callbacks.optimizer_state import parameter_names
 from lottery_callbacks.plan import plan_of_masks, require_held
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.pruning_callback import PruningCallback
-from lottery_callbacks.rewinding import RewindPoint, snapshot
+from lottery_callbacks.rewinding import RewindPoint, refuse_unwritable
 from lottery_callbacks.ticket import Ticket
 
 Retrain = Literal["weights", "prunable_weights", "learning_rate", "fine_tune"]
@@ -155,6 +157,7 @@ class IterativeMagnitudePruning(PruningCallback):
     # ---- one level
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        require_capturable(pl_module)
         self.pruning.check(pl_module)
         if self.level:
             assert self.ticket is not None
@@ -185,6 +188,8 @@ class IterativeMagnitudePruning(PruningCallback):
         super().on_train_start(trainer, pl_module)
         if self.ticket is None and not _smoke_test(trainer):
             self._check_rewind(trainer)
+            if self.rewind.count:
+                refuse_unwritable(trainer)
 
     def _check_rewind(self, trainer: L.Trainer) -> None:
         if self.rewind.unit == "ep" and math.isinf(trainer.num_training_batches):
@@ -235,11 +240,13 @@ class IterativeMagnitudePruning(PruningCallback):
             return first
         if self.retrain == "prunable_weights":
             rewound = {name: first.tensors[name] for name in self.masks}
-            return RewindPoint(first.step, snapshot(module) | rewound, first.training)
+            trained = RewindPoint.of(module, first.step, first.training)
+            return replace(trained, tensors=trained.tensors | rewound)
         if self.retrain == "learning_rate":
-            return RewindPoint(first.step, snapshot(module), first.training)
+            return RewindPoint.of(module, first.step, first.training)
         rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        return RewindPoint(0, snapshot(module), {"learning_rates": rates})
+        names = parameter_names(trainer.optimizers, module)
+        return RewindPoint.of(module, 0, {"learning_rates": rates, "parameters": names})
 
     def _keep(self, ticket: Ticket, trainer: L.Trainer) -> None:
         if trainer.is_global_zero and not _smoke_test(trainer):

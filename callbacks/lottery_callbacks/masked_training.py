@@ -15,7 +15,10 @@ from lottery_callbacks import random_state
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.loader_order import LoaderOrder, observe
+from lottery_callbacks.module_state import require_capturable
 from lottery_callbacks.names import named_parameters
+from lottery_callbacks.optimizer_state import parameter_names
+from lottery_callbacks.rewinding import resume_by_name
 from lottery_callbacks.sharding import refuse_sharded
 
 # Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
@@ -57,12 +60,13 @@ class MaskedTraining(L.Callback):
         self._handles: list[Any] = []
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] = {}
         self._once_a_visit = False
         self._order: LoaderOrder | None = None
         self._said: set[str] = set()  # warnings of loaders, once for all fits
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._resumed = {}  # a checkpoint's state, if any, is loaded after this
+        self._resumed, self._checkpoint = {}, {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
             self._order = observe(trainer)
@@ -79,6 +83,7 @@ class MaskedTraining(L.Callback):
         Raises:
             ValueError: the checkpoint holds no mask, or another one than `self.masks`; or the Trainer is used twice.
         """
+        require_capturable(trainer.lightning_module)
         state = self._resumed
         if not state and not trainer.ckpt_path:
             if trainer.global_step:
@@ -98,7 +103,13 @@ class MaskedTraining(L.Callback):
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         """Begin a fit under `self.masks`."""
+        self.match_optimizers(trainer, module)
         self.change_masks(trainer, module, self.masks)
+
+    def match_optimizers(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Let a resumed fit restore optimizer state by name; call after `resumes`, as `apply_masks` does."""
+        resume_by_name(trainer, module, self._checkpoint)
+        self._checkpoint = {}
 
     def change_masks(self, trainer: L.Trainer, module: nn.Module, masks: M.Masks) -> None:
         """Train under `masks` from now on: zero the pruned weights, and keep each mask's bits beside its parameter.
@@ -177,6 +188,12 @@ class MaskedTraining(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         state = self._order.state_dict() if self._order else random_state.collect()
         return {"masks": dict(self.fit_masks), "random_states": of_all_processes(state)}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_parameters"] = parameter_names(trainer.optimizers, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint  # Lightning restores the optimizers from it later
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -15,7 +15,7 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import log_densities
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.pruning_callback import PruningCallback
-from lottery_callbacks.rewinding import RewindPoint, snapshot
+from lottery_callbacks.rewinding import RewindPoint
 from lottery_callbacks.ticket import Ticket
 
 
@@ -70,7 +70,7 @@ class PruningWithinFit(PruningCallback, ABC):
         """
         if not self.fit_masks:
             raise ValueError("no fit has begun: call ticket(module) after trainer.fit")
-        return Ticket(self.fit_masks, RewindPoint(0, snapshot(module)), self.rule | {"level": 1})
+        return Ticket(self.fit_masks, RewindPoint.of(module), self.rule | {"level": 1})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pruning.check(pl_module)

@@ -4,18 +4,30 @@ from __future__ import annotations  # Lightning is for type checkers alone: a ti
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from lottery_callbacks.messages import describe, inform
-from lottery_callbacks.names import canonical, further_names, named_buffers, named_parameters
+from lottery_callbacks.module_state import check_same_architecture, further_state, load_snapshot, snapshot
+from lottery_callbacks.optimizer_state import CHECKPOINT, group_order, parameter_names, states_by_name
+from lottery_callbacks.primitives import primitive
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
+
+__all__ = [
+    "RewindPoint",
+    "check_same_architecture",
+    "load_snapshot",
+    "load_training_state",
+    "refuse_unwritable",
+    "resume_by_name",
+    "snapshot",
+    "to_cpu",
+    "training_state",
+]
 
 
 @dataclass(frozen=True)
@@ -24,16 +36,18 @@ class RewindPoint:
 
     Attributes:
         step: k, counted in optimizer steps; 0 is initialisation.
-        tensors: every parameter and buffer by name (tied ones once), on the CPU.
+        tensors: every parameter and persistent buffer by name (tied ones once), on the CPU.
         training: for k > 0 the optimizer, scheduler, precision and loop states as Lightning would checkpoint
-            them, so that a level goes on from step k with its learning rate, schedule and place in the data.
-            Empty for k = 0: a fresh fit is that state.
+            them, so that a level goes on from step k with its learning rate, schedule and place in the data; and
+            "parameters", the names in each optimizer's groups, by which a level's own optimizers get the state.
+            For k = 0 a fresh fit is that state. "module" is what `further_state` adds to the tensors, if anything.
 
-    Random number generators are not part of it: each level has SGD noise of its own. Where step k lies inside an epoch,
+    A non-persistent buffer is a cache: it is left to the module, and a value that training put there stays. Random
+    number generators are not part of it: each level has SGD noise of its own. Where step k lies inside an epoch,
     `training` has the random state from which the order of that epoch was drawn, and the level goes on with its next
     batch (`loader_order` says for which loaders). Where step k ends an epoch, the state is that after the optimizer's
-    and the schedulers' step. `ReduceLROnPlateau` is refused for k > 0:
-    Lightning does not step it where a fit goes on, so that it would be one step behind.
+    and the schedulers' step. `ReduceLROnPlateau` is refused for k > 0: Lightning does not
+    step it where a fit goes on, so that it would be one step behind.
     """
 
     step: int
@@ -46,11 +60,32 @@ class RewindPoint:
 
     @classmethod
     def capture(cls, trainer: L.Trainer, module: nn.Module) -> RewindPoint:
-        """Copy the state of a running fit; call from `on_fit_start` (k = 0) or `on_train_batch_end` (k > 0)."""
+        """Copy the state of a running fit; call from `on_fit_start` (k = 0) or `on_train_batch_end` (k > 0).
+
+        Raises:
+            ValueError: a ticket file cannot hold the state; one line that names the place.
+        """
         step = trainer.global_step
-        if step and any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-            raise ValueError("ReduceLROnPlateau cannot be rewound to a step k > 0: rewind to '0it'")
-        return cls(step, snapshot(module), training_state(trainer) if step else {})
+        if step:
+            refuse_unwritable(trainer)
+        return cls.of(module, step, training_state(trainer) if step else {})
+
+    @classmethod
+    def of(cls, module: nn.Module, step: int = 0, training: Mapping[str, Any] | None = None) -> RewindPoint:
+        """Copy the module's present state, beside the `training` state of step `step`."""
+        tensors, further = snapshot(module), further_state(module)
+        others = {key: value for key, value in (training or {}).items() if key != "module"}
+        return cls(step, tensors, others | ({"module": further} if further else {}))
+
+    def load_(self, module: nn.Module) -> None:
+        """Put the module alone into this state, as `load_snapshot` says."""
+        load_snapshot(module, self.tensors, self.training.get("module"))
+
+    def renamed(self, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> RewindPoint:
+        """The same state of the module under other names; that of the optimizers, which is the whole fit's, is left."""
+        further = {kind: rename(state) for kind, state in self.training.get("module", {}).items()}
+        further = {kind: state for kind, state in further.items() if state}
+        return RewindPoint(self.step, rename(self.tensors), {"module": further} if further else {})
 
     def restore(self, trainer: L.Trainer, module: nn.Module) -> None:
         """Put a fit that has not begun into this state; call from `on_fit_start`.
@@ -58,69 +93,21 @@ class RewindPoint:
         Parameters and buffers are overwritten in place; optimizers, schedulers and loops get copies, so that no
         later step can reach into this object.
         """
-        load_snapshot(module, self.tensors)
-        load_training_state(trainer, self.training)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """CPU copies of all parameters and buffers by name, tied ones once."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _named_tensors(module).items()}
-
-
-def load_snapshot(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the module's parameters and buffers, in place.
-
-    Tied tensors may come under each of their names, as in a `state_dict`; of them the first one counts. Buffers that
-    a `state_dict` leaves out may be absent, and keep their values. As in `load_state_dict` a tensor takes the module's
-    own dtype: exactly where that is wider, rounded to nearest where it is narrower, and a line says so.
-
-    Raises:
-        ValueError: names or shapes differ from the module's.
-    """
-    own, further = _named_tensors(module), further_names(module)
-    own = {name: tensor for name, tensor in own.items() if name in tensors or name not in _transient(module)}
-    check_same_architecture(
-        {name: tensor.shape for name, tensor in tensors.items() if name not in further},
-        {name: tensor.shape for name, tensor in own.items()},
-    )
-    rounded = [name for name, tensor in own.items() if _rounds(tensors[name].dtype, tensor.dtype)]
-    if rounded:
-        there, here = tensors[rounded[0]].dtype, own[rounded[0]].dtype
-        inform(f"rounded to the network's precision, {there} to {here}: {describe(rounded)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
-def _transient(module: nn.Module) -> set[str]:
-    return named_buffers(module).keys() - {canonical(name, module) for name in module.state_dict()}
-
-
-def _rounds(source: torch.dtype, target: torch.dtype) -> bool:
-    return torch.promote_types(source, target) != target
-
-
-def check_same_architecture(ticket: Mapping[str, torch.Size], module: Mapping[str, torch.Size]) -> None:
-    """Compare names and shapes, ticket against module.
-
-    Raises:
-        ValueError: one line that names the first difference.
-    """
-    for name in [*module, *ticket]:
-        if ticket.get(name) != module.get(name):
-            there, here = (tuple(s[name]) if name in s else "absent" for s in (ticket, module))
-            raise ValueError(
-                f"the ticket is for another architecture: {name} is {there} in the ticket and {here} in the network; "
-                "build the network that the ticket was found on"
-            )
+        self.load_(module)
+        load_training_state(trainer, module, self.training)
 
 
 def training_state(trainer: L.Trainer) -> dict[str, Any]:
-    """Optimizer, scheduler, precision and loop states of a running fit, deeply copied, tensors on the CPU."""
+    """Optimizer, scheduler, precision and loop states of a running fit, deeply copied, tensors on the CPU.
+
+    Raises:
+        ValueError: something in it is neither tensor nor primitive.
+    """
     from lottery_callbacks.fit_steps import in_steps  # with Lightning
     from lottery_callbacks.loader_order import observe
 
     state = {
+        "parameters": parameter_names(trainer.optimizers, trainer.lightning_module),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": trainer.precision_plugin.state_dict(),
@@ -128,22 +115,42 @@ def training_state(trainer: L.Trainer) -> dict[str, Any]:
     }
     if order := observe(trainer).inside_epoch():
         state["order"] = order
-    return to_cpu(state)
+    return primitive(state, "training")
 
 
-def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
-    """Load what `training_state` gave; nothing where it is empty.
+def refuse_unwritable(trainer: L.Trainer) -> None:
+    """Refuse optimizers and schedulers whose state no rewind point of a step k > 0 can hold; call before step 1.
+
+    Raises:
+        ValueError: one line that names what it is.
+    """
+    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        raise ValueError("ReduceLROnPlateau cannot be rewound to a step k > 0: rewind to '0it'")
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    primitive({"schedulers": schedulers}, "training")
+    primitive({"optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers]}, "training")
+
+
+def load_training_state(trainer: L.Trainer, module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what `training_state` gave, by parameter name; nothing where it is empty.
 
     `Optimizer.load_state_dict` keeps the tensors that it is given, hence the deep copy.
     A state of `learning_rates` (fine-tuning) fixes these per parameter group and sets the schedulers aside.
+
+    Raises:
+        ValueError: the fit has other optimizers, schedulers, parameters or groups.
     """
     state = copy.deepcopy(dict(state))
+    names = state.get("parameters")
     if "loops" in state:
-        _check_same_optimizers(trainer, state)
-        for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        optimizers, schedules = states_by_name(
+            trainer.optimizers, schedulers, module, state["optimizers"], state["schedulers"], names
+        )
+        for optimizer, saved in zip(trainer.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(saved)
-        for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
-            config.scheduler.load_state_dict(saved)
+        for scheduler, saved in zip(schedulers, schedules, strict=True):
+            scheduler.load_state_dict(saved)
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
         _load_loops(trainer, state["loops"])
@@ -152,21 +159,38 @@ def load_training_state(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
         observe(trainer).rewind(state.get("order", {}))
     if "learning_rates" in state:
         trainer.lr_scheduler_configs.clear()
-        for optimizer, rates in zip(trainer.optimizers, state["learning_rates"], strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        _load_rates(trainer, module, state["learning_rates"], names)
 
 
-def _check_same_optimizers(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
-    def kinds(optimizers: list[dict[str, Any]], schedulers: int) -> tuple[Any, ...]:
-        return [[sorted(group) for group in saved["param_groups"]] for saved in optimizers], schedulers
-
-    own = kinds([optimizer.state_dict() for optimizer in trainer.optimizers], len(trainer.lr_scheduler_configs))
-    if own != kinds(state["optimizers"], len(state["schedulers"])):
+def _load_rates(trainer: L.Trainer, module: nn.Module, rates: list[list[float]], names: Any) -> None:
+    own = parameter_names(trainer.optimizers, module)
+    here, there = ([len(groups) for groups in of_all] for of_all in (own, rates))
+    if here != there:
         raise ValueError(
-            "the rewind point holds the state of other optimizers or schedulers: train it with those that it was "
-            "captured from, or rewind to '0it'"
+            f"the ticket holds the learning rates of {there} parameter groups, and the fit's optimizers have {here}: "
+            "fine-tune it with the optimizers that it was found with"
         )
+    for number, optimizer in enumerate(trainer.optimizers):
+        label = f"optimizer {number} ({type(optimizer).__name__})"
+        order = group_order(names[number], own[number], label) if names else range(here[number])
+        for group, match in zip(optimizer.param_groups, order, strict=True):
+            group["lr"] = rates[number][match]
+
+
+def resume_by_name(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Order the optimizer and scheduler states of a loaded checkpoint as the fit's optimizers list the parameters.
+
+    Lightning restores them by position after `on_fit_start`, so it is called there. A checkpoint without
+    "optimizer_parameters" is left as it is.
+
+    Raises:
+        ValueError: the fit has other optimizers, schedulers, parameters or groups.
+    """
+    if names := checkpoint.get("optimizer_parameters"):
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        states = states_by_name(trainer.optimizers, schedulers, module, *saved, names, CHECKPOINT)
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = states
 
 
 def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:
@@ -185,10 +209,6 @@ def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:
         loop.epoch_progress.increment_processed()
         loop.epoch_progress.increment_completed()
         loop.epoch_loop.restarting = False
-
-
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**named_parameters(module), **named_buffers(module)}
 
 
 def to_cpu(value: Any) -> Any:

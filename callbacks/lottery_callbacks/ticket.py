@@ -13,7 +13,7 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.prefixes import below, differing_prefixes
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import canonical, computed_from, named_buffers, named_parameters
-from lottery_callbacks.rewinding import RewindPoint, check_same_architecture, load_snapshot
+from lottery_callbacks.rewinding import RewindPoint, check_same_architecture
 from lottery_callbacks.ticket_file import FORMAT, read_ticket, write_atomically, write_ticket
 
 __all__ = ["FORMAT", "Ticket", "write_atomically"]
@@ -90,7 +90,7 @@ class Ticket:
         self._require_tensors()
         parameters = named_parameters(module)
         try:
-            load_snapshot(module, self.rewind.tensors)
+            self.rewind.load_(module)
         except ValueError as error:
             raise ValueError(self._of_other_names(module) or str(error)) from None
         for name, mask in self.masks.items():
@@ -140,13 +140,13 @@ class Ticket:
         """
         prefix = canonical(name) + "."
 
-        def inside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def inside(tensors: dict[str, Any]) -> dict[str, Any]:
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
         masks, tensors = inside(self.masks), inside(self.rewind.tensors)
         if not (masks or (tensors and not self.masks)):
             raise ValueError(f"no mask below {name!r}: the ticket has {describe(list(self.masks)) or 'none'}")
-        return replace(self, masks=masks, rewind=RewindPoint(self.rewind.step, tensors))
+        return replace(self, masks=masks, rewind=self.rewind.renamed(inside))
 
     def as_submodule(self, name: str) -> "Ticket":
         """The same ticket for a module that holds the network as its submodule `name`, all of whose tensors it is.
@@ -155,11 +155,10 @@ class Ticket:
         """
         prefix = canonical(name) + "."
 
-        def outside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def outside(tensors: dict[str, Any]) -> dict[str, Any]:
             return {prefix + key: tensor for key, tensor in tensors.items()}
 
-        rewind = RewindPoint(self.rewind.step, outside(self.rewind.tensors))
-        return replace(self, masks=outside(self.masks), rewind=rewind)
+        return replace(self, masks=outside(self.masks), rewind=self.rewind.renamed(outside))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sparse network at the rewind point, mask * W_k, as a plain dense state dict: copies, pruned ones +0.0.
@@ -168,8 +167,8 @@ class Ticket:
         network.load_state_dict(ticket.for_submodule("network").state_dict())
         ```
 
-        Loads with `strict=True` where the network ties no weights and all its buffers are persistent: a rewind point
-        holds tied tensors once, and every buffer. For the others `apply_(network).state_dict()` has the right names.
+        Loads with `strict=True` where the network ties no weights and has no extra state: a rewind point holds tied
+        tensors once. For the others `apply_(network).state_dict()` has the right names.
 
         Raises:
             ValueError: a ticket of masks alone.

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from lottery_callbacks import ApplyTicket, RewindPoint, Ticket
 from lottery_callbacks.fit_steps import counts_steps, iterations, last_step, steps_per_epoch
 from lottery_callbacks.functional.steps import Step
+from lottery_callbacks.rewinding import refuse_unwritable
 
 
 class RewindPoints(ApplyTicket):
@@ -45,6 +46,8 @@ class RewindPoints(ApplyTicket):
                 raise ValueError(f"{step} is step {count}, and the run's last step is {last}: take an earlier one")
             if same := [other for other in at if other != step and at[other] == count]:
                 raise ValueError(f"{step} and {same[0]} are both step {count}: give one of them")
+        if any(at.values()):
+            refuse_unwritable(trainer)
         self._write([step for step in self.paths if not step.count], trainer, pl_module)  # after what is refused
 
     def visit_ends(self, per_epoch: int, last: float) -> list[int]:

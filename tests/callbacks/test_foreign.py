@@ -237,4 +237,4 @@ def test_a_state_dict_with_tied_weights_and_without_transient_buffers_applies(tm
     assert list(both.masks) == ["words.weight"]
     assert raw(both.apply_(Tied(3)).words.weight) == raw(target.words.weight)
     other = Ticket(ticket.masks, RewindPoint(0, {"scale": torch.full((1,), 5.0), **ticket.rewind.tensors}))
-    assert other.apply_(target).scale.item() == 5
+    assert other.apply_(target).scale.item() == 2  # a cache, which older files hold
