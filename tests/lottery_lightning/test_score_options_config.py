@@ -1,4 +1,4 @@
-"""Options of scores from YAML and the command line: parsed, printed, given back, and part of an experiment's tickets."""
+"""Options of scores from YAML and the command line: parsed, printed, given back, and part of the tickets."""
 
 from pathlib import Path
 
