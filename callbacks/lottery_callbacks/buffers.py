@@ -25,7 +25,7 @@ def _persists(part: nn.Module, name: str) -> bool:
 def cache_names(module: nn.Module) -> set[str]:
     """The names of non-persistent buffers, tensors and None."""
     return {
-        canonical(f"{prefix}.{name}" if prefix else name)
+        canonical(f"{prefix}.{name}" if prefix else name, module)
         for prefix, part in module.named_modules()
         for name in part._non_persistent_buffers_set
     }
@@ -34,7 +34,7 @@ def cache_names(module: nn.Module) -> set[str]:
 def presence(module: nn.Module) -> dict[str, str]:
     """Of each persistent buffer, whether it is a tensor or None."""
     return {
-        canonical(f"{prefix}.{name}" if prefix else name): NONE if buffer is None else TENSOR
+        canonical(f"{prefix}.{name}" if prefix else name, module): NONE if buffer is None else TENSOR
         for prefix, part in module.named_modules()
         for name, buffer in part._buffers.items()
         if _persists(part, name)
@@ -61,7 +61,7 @@ def changed_presence(module: nn.Module, given: Mapping[str, Tensor], saved: Mapp
 
 def modules_by_name(module: nn.Module) -> dict[str, nn.Module]:
     """`named_modules` by canonical name."""
-    return {canonical(name): part for name, part in module.named_modules()}
+    return {canonical(name, module): part for name, part in module.named_modules()}
 
 
 def set_presence(module: nn.Module, name: str, presence: str, value: Tensor | None) -> None:

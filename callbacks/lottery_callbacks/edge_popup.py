@@ -60,9 +60,11 @@ class EdgePopup(ScoreTraining):
 
     Args:
         sparsity: fraction of the weights removed, in [0, 1): of n, n - round(sparsity * n) are kept, one at least.
-        scope: "layerwise" counts in each layer; "global" ranks all together, so that a step of one of several
-            optimizers changes all weights; "threshold" keeps s > 0, with scores that begin with this sparsity in each
-            layer: how many are kept is then learned. The last two may empty a layer, which is named at the end.
+        scope: "layerwise" counts in each layer; "layerwise_truncated" keeps n - int(sparsity * n) of each, as the
+            published code does, from whose training ours differs from step 0 where the two counts differ; "global"
+            ranks all together, so that a step of one of several optimizers changes all weights; "threshold" keeps
+            s > 0, with scores that begin with this sparsity in each layer: how many are kept is then learned. The last
+            two may empty a layer, which is named at the end.
         weights: W is "kaiming_normal", "signed_constant", either one "scaled_" by the density, or "module", as it was
             initialised; see `functional.popup.random_weights`.
         scores: s begins as "kaiming_uniform" or as the "magnitude" of W.

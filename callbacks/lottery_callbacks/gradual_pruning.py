@@ -35,7 +35,8 @@ class GradualPruning(PruningWithinFit):
         pruning: score, scope and exclusions; by default magnitude, layerwise. Rates per layer are refused.
         initial: s_i, the sparsity of the first update where it is not the last.
         rounds: times that one update scores anew, each removing the same fraction of the survivors: the densities
-            d^(i / rounds) of SynFlow (Tanaka et al., arXiv 2006.05467, 100 rounds).
+            d^(i / rounds) of SynFlow (Tanaka et al., arXiv 2006.05467, 100 rounds), whose code truncates the counts
+            that are rounded here: `Pruning(counts="truncated")`.
         seed: of scores that draw.
 
     Reset and kept: see `PruningWithinFit`. Cost: `rounds` scores and selections an update.
@@ -87,14 +88,14 @@ class GradualPruning(PruningWithinFit):
         """Prune to the sparsity of `step`, in rounds; a round that would remove nothing scores nothing."""
         before, scores = self.masks, {}
         for target in geometric(M.density(before), self._sparsity(step), self.rounds):
-            budget = budget_at(target, self.masks, self.pruning.scope)
+            budget = budget_at(target, self.masks, self.pruning.scope, self.pruning.counts)
             if sum(budget.values()) < sum(M.kept(self.masks).values()):
                 evidence = self.evidence(trainer, module, generator)
                 scores = self.pruning.scores(evidence, self.masks)
                 self.change_masks(trainer, module, self.pruning.select(evidence, scores, self.masks, budget))
         if self.masks is not before:
             following = next((after for after in self.updates if after > step), step)
-            budget = budget_at(self._sparsity(following), self.masks, self.pruning.scope)
+            budget = budget_at(self._sparsity(following), self.masks, self.pruning.scope, self.pruning.counts)
             warn_of_collapse(before, self.masks, M.keep_highest(scores, self.masks, budget))
 
     def _sparsity(self, step: int) -> float:

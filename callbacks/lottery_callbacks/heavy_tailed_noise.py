@@ -33,10 +33,13 @@ class HeavyTailedNoise(L.Callback):
     - "weight": independent numbers;
     - "rotation": sub-Gaussian, one heavy-tailed length for all weights of a neuron and a Gaussian direction.
 
-    Deviations from the published code: X is N(0, 2) at alpha = 2, not N(0, 1); "rotation" has the scale of the others,
-    not 2^(-1/2) of it; noise is scaled on a CPU too; it is seeded. The paper trains by plain SGD, where this is Euler's
-    step of an equation driven by a stable process. With momentum, Adam and others the same noise is added: it does not
-    enter the optimizer's state, and what the optimizer divides by does not divide it. No theorem speaks of these.
+    Deviations from the published code, whose types 1, 2 and 3 are "neuron", "weight" and "rotation": X is N(0, 2) at
+    alpha = 2 in all kinds (there type 1 is N(0, 1) on dense layers, N(0, 2) on filters and an error on kernels, type 2
+    is N(0, 2), type 3 is NaN); "rotation" has the scale of the others, not 2^(-1/2) of it; noise is scaled by the rate
+    of each step, not by the base rate, and on a CPU too; it is seeded. The paper trains by plain SGD, where this is
+    Euler's step of an equation driven by a stable process. With momentum, Adam and others the same noise is added: it
+    does not enter the optimizer's state, and what the optimizer divides by does not divide it. No theorem speaks of
+    these.
 
     Noise is on trained weights of two dimensions or more, but on no norm, bias or embedding, nor on the output layer,
     which is the last of them in the module's order; a line says which have it and why others have not. A weight without

@@ -62,7 +62,8 @@ class IterativeMagnitudePruning(PruningCallback):
     Networks with dropout, or data shuffled by the global random state: call `L.seed_everything` before each fit.
 
     Args:
-        rate: fraction of the surviving weights removed at each level, in (0, 1).
+        rate: fraction of the surviving weights removed at each level, in (0, 1). open_lth, the code of 1912.05671,
+            removes ceil(rate x surviving): `Pruning(counts="ceiling")`.
         rewind: the step k to rewind to: "0it" (initialisation), "500it", "1ep".
         run_dir: where tickets and levels are kept; a relative path is relative to the working directory.
         pruning: score, scope, rates per layer and exclusions; by default magnitude, layerwise.

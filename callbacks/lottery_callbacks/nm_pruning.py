@@ -62,6 +62,10 @@ class NMPruning(PruningWithinFit):
             raise ValueError(
                 f"scope={self.pruning.scope!r} has no meaning for {n}:{m}: each group keeps n; leave it out"
             )
+        if self.pruning.counts != "rounded":
+            raise ValueError(
+                f"counts={self.pruning.counts!r} has no meaning for {n}:{m}: each group keeps n; leave it out"
+            )
         self.n, self.m = n, m
         self.at = Step.parse(at)
         self.input_dims = dict(input_dims or {})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from lottery_callbacks.custom_scores import checked, needed
 from lottery_callbacks.functional import slices
 from lottery_callbacks.functional.masks import Masks, keep_highest, kept, ones
-from lottery_callbacks.functional.scopes import SCOPES, Budget
+from lottery_callbacks.functional.scopes import SCOPES, Budget, Counts
+from lottery_callbacks.functional.score_options import score_options as checked_options
 from lottery_callbacks.functional.scores import SCORES, Evidence, Score, Tensors
 from lottery_callbacks.messages import describe, one_of
 from lottery_callbacks.names import named_parameters
@@ -40,6 +42,12 @@ class Pruning:
         exclude: names or patterns of parameters that stay dense.
         include: names or patterns of parameters that are pruned although the default leaves them out.
         batches: how many of the last training batches a score of the loss sees.
+        score_options: what the score computes otherwise than by default, as `{"mode": "evaluation"}`: `mode`
+            ("training" or "evaluation") of "gradient", "snip" and "grasp", `temperature` (1.0) of "grasp",
+            `statistics` ("neutral" or "running") of "synflow", and a function's own keyword parameters. Each default
+            has its reason in `functional.scores`; the others are what the authors' code computes.
+        counts: how a fraction of n weights becomes a number: "rounded" (None), "truncated" or "ceiling"; see
+            `functional.scopes`.
 
     What is pruned, where the first row that fits counts; the plan that every callback prints gives the reasons:
 
@@ -69,7 +77,7 @@ class Pruning:
     shape yet, are refused by name.
 
     Raises:
-        ValueError: an unknown score or scope, a rate outside [0, 1), a pattern that matches nothing.
+        ValueError: an unknown score, option or scope, a rate outside [0, 1), a pattern that matches nothing.
     """
 
     def __init__(
@@ -80,6 +88,8 @@ class Pruning:
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
         batches: int = 1,
+        score_options: Mapping[str, bool | float | str] | None = None,
+        counts: Counts | None = None,
     ) -> None:
         if isinstance(score, str) and score not in SCORES:
             raise ValueError(f"score={score!r} is not known: choose one of {', '.join(SCORES)}, or give a function")
@@ -87,6 +97,8 @@ class Pruning:
             if not 0 <= rate < 1:
                 raise ValueError(f"the rate of {name!r} is {rate}: a rate lies in [0, 1), 0 leaves the layer dense")
         self.score = score
+        self.score_options = checked_options(self._score, score_options or {})
+        self.counts: str = one_of("counts", counts or "rounded", get_args(Counts))
         self.scope: str = one_of("scope", scope, tuple(SCOPES))
         self.rates = dict(rates or {})
         self.exclude = (
@@ -197,8 +209,8 @@ class Pruning:
         """
         scores = self.scores(evidence, masks)
         rates = {name: self.rate_of(name, rate) for name in masks}
-        new = self.select(evidence, scores, masks, SCOPES[self.scope](masks, rates, rounds))
-        later = keep_highest(scores, new, SCOPES[self.scope](new, rates, 1))
+        new = self.select(evidence, scores, masks, SCOPES[self.scope](masks, rates, rounds, self.counts))
+        later = keep_highest(scores, new, SCOPES[self.scope](new, rates, 1, self.counts))
         warn_of_collapse(masks, new, later)
         return new
 
@@ -216,7 +228,8 @@ class Pruning:
 
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
         """The score of every weight that has a mask, beside that mask."""
-        scores = self._score(replace(evidence, weights={name: evidence.weights[name] for name in masks}))
+        seen = replace(evidence, weights={name: evidence.weights[name] for name in masks})
+        scores = self._score(seen, **self.score_options)
         if not isinstance(self.score, str):
             scores = checked(self.score, scores, masks)
         if numbers := [name for name in masks if scores[name].is_complex()]:
@@ -225,7 +238,9 @@ class Pruning:
 
     def __str__(self) -> str:
         score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
-        return f"{score}, {self.scope}"
+        options = ", ".join(f"{name}={value}" for name, value in self.score_options.items())
+        counts = "" if self.counts == "rounded" else f", {self.counts}"
+        return f"{score}({options}), {self.scope}{counts}" if options else f"{score}, {self.scope}{counts}"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

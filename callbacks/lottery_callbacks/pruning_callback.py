@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lottery_callbacks.custom_scores import Unmarked, require_marker
-from lottery_callbacks.functional.scores import Evidence, Tensors
+from lottery_callbacks.functional.modes import evaluating
+from lottery_callbacks.functional.scores import AS_TRAINED, Evidence, Tensors
 from lottery_callbacks.functional.synaptic_flow import synaptic_flow
+from lottery_callbacks.functional.temperature import Tempered
 from lottery_callbacks.masked_training import MaskedTraining, of_all_processes, of_this_process
 from lottery_callbacks.messages import describe
 from lottery_callbacks.names import named_parameters
@@ -29,7 +32,8 @@ class PruningCallback(MaskedTraining):
 
     Scores of the loss see copies of the last `pruning.batches` training batches of each process, through the module's
     own `training_step` (see `undisturbed`); a batch for which it returns None counts for nothing. Under fp16 the loss
-    is scaled as in training.
+    is scaled as in training. Where the score's options ask for another loss than is trained, that of the fit's first
+    batch is computed before its step, so that what it cannot be computed of is refused there.
 
     Kept in checkpoints: those batches, where they are tensors and primitives in dicts, lists and tuples (of any other
     kind a resumed fit sees those after it alone), or the movement of the weights, which begins at 0 in each fit.
@@ -40,12 +44,20 @@ class PruningCallback(MaskedTraining):
         self.pruning = pruning or Pruning()
         self._batches: deque[Any] = deque(maxlen=self.pruning.batches)
         self._movement: Tensors = {}
+        self._tried = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._batches.clear()
             self._movement = {}
+            self._tried = not self._asked
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """The options of the loss, of a score of ours; what a custom one makes of its own is not known before."""
+        ours = AS_TRAINED if isinstance(self.pruning.score, str) else ()
+        return {name: value for name, value in self.pruning.score_options.items() if name in ours}
 
     def evidence(self, trainer: L.Trainer, module: L.LightningModule, generator: torch.Generator) -> Evidence:
         """What a score may look at now, in a running fit; `self.masks` names the weights."""
@@ -55,9 +67,9 @@ class PruningCallback(MaskedTraining):
         return Evidence(
             weights,
             generator,
-            losses=lambda: self._losses(trainer, module),
+            losses=lambda **options: self._losses(trainer, module, **options),
             scale=scaler.get_scale() if scaler else 1.0,
-            flow=lambda: synaptic_flow(module, weights, self._recent()[0]),
+            flow=lambda **options: synaptic_flow(module, weights, self._recent()[0], **options),
             movement=dict(self._movement) if self.pruning.needs == "movement" else None,
             average=lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean"),
             slices=slices_of(module, weights),
@@ -70,7 +82,9 @@ class PruningCallback(MaskedTraining):
             raise ValueError(f"score {self.pruning} needs a training batch, and this fit has trained none")
         return list(self._batches)
 
-    def _losses(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Tensor]:
+    def _losses(
+        self, trainer: L.Trainer, module: L.LightningModule, mode: str = "training", temperature: float = 1.0
+    ) -> Iterator[Tensor]:
         if not module.automatic_optimization:
             raise ValueError(
                 f"score {self.pruning} needs the loss of training_step, and {type(module).__name__} optimizes "
@@ -79,16 +93,35 @@ class PruningCallback(MaskedTraining):
         counted = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         scaler = _scaler(trainer)
         for index, batch in enumerate(_copied(self._recent())):  # a training_step may change its batch
-            with undisturbed(module):
-                with torch.enable_grad(), trainer.precision_plugin.train_step_context():
+            with undisturbed(module), _set_to(mode, module):  # also the backward pass: checkpointing runs parts again
+                logits = Tempered(temperature)
+                with (
+                    torch.enable_grad(),
+                    trainer.precision_plugin.train_step_context(),
+                    nullcontext() if temperature == 1 else logits,
+                    nullcontext() if mode == "training" else self._naming(module),
+                ):
                     output = module.training_step(batch, index) if counted else module.training_step(batch)
                 loss = output["loss"] if isinstance(output, Mapping) else output
                 if loss is None:
                     continue
                 if not isinstance(loss, Tensor):
                     raise ValueError(f"score {self.pruning} needs a loss, and training_step returned {output!r}")
+                if temperature != 1:
+                    logits.check()
                 # differentiated inside: buffers that are put back before would spoil its graph
                 yield scaler.scale(loss) if scaler else loss
+
+    @contextmanager
+    def _naming(self, module: nn.Module) -> Iterator[None]:
+        """Some networks have no loss in eval mode, as detectors."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"score {self.pruning} needs the loss in eval mode, and {type(module).__name__}.training_step fails "
+                f"there ({' '.join(str(error).split())[:120]}): leave mode='evaluation' out"
+            ) from error
 
     # ---- collecting
 
@@ -100,7 +133,7 @@ class PruningCallback(MaskedTraining):
         super().apply_masks(trainer, module)
         own, needed = named_parameters(module), self.pruning.needs
         if callable(self.pruning.score):
-            require_marker(self.pruning.score, {name: own[name] for name in self.masks})
+            require_marker(self.pruning.score, {n: own[n] for n in self.masks}, self.pruning.score_options)
         frozen = [name for name in self.masks if not own[name].requires_grad]
         if needed and frozen:
             raise ValueError(f"score {self.pruning} needs gradients, and {describe(frozen)} is frozen: exclude it")
@@ -118,6 +151,8 @@ class PruningCallback(MaskedTraining):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.pruning.needs == "batches":
             self._batches.append(_copied(batch))
+        if not self._tried:
+            self._tried = sum(1 for _ in self._losses(trainer, pl_module, **self._asked)) > 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -154,6 +189,17 @@ class PruningCallback(MaskedTraining):
         if self.pruning.needs == "movement":
             collected["movement"] = to_cpu(self._movement)
         return super().state_dict() | collected
+
+
+@contextmanager
+def _set_to(mode: str, module: nn.Module) -> Iterator[None]:
+    """A block in this mode. In eval mode cuDNN cannot differentiate recurrent layers, and is left out."""
+    if mode == "training":
+        yield
+        return
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    with evaluating(module), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+        yield
 
 
 def _scaler(trainer: L.Trainer) -> Any:

@@ -25,7 +25,8 @@ class Search:
     """How masks are searched: what `lottery_callbacks.EdgePopup` takes beside sparsity and weights.
 
     Args:
-        scope: "layerwise", "global", or "threshold", which begins at the sparsity and learns another.
+        scope: "layerwise", "layerwise_truncated" (the published count), "global", or "threshold", which begins at the
+            sparsity and learns another.
         scores: "kaiming_uniform" or "magnitude", before the first step.
         norms: whether the affine parts of norm layers are "frozen" as initialised, or "trained".
         end: the step up to which the sparsity rises from 0, "500it" or "2ep"; None for all of it at once.

@@ -22,7 +22,10 @@ from lottery_callbacks.functional import masks as M
     [
         ({"sparsity": 1.0}, r"^sparsity=1\.0 is outside \[0, 1\): it is the fraction of weights removed$"),
         ({"sparsity": -0.1}, r"^sparsity=-0\.1 is outside"),
-        ({"scope": "erk"}, "^scope='erk' is not known: choose one of layerwise, global, threshold$"),
+        (
+            {"scope": "erk"},
+            "^scope='erk' is not known: choose one of layerwise, layerwise_truncated, global, threshold$",
+        ),
         ({"weights": "ones"}, "^weights='ones' is not known: choose one of kaiming_normal, signed_constant, sc"),
         ({"scores": "random"}, "^scores='random' is not known: choose one of kaiming_uniform, magnitude$"),
         ({"norms": "none"}, "^norms='none' is not known: choose one of frozen, trained$"),

@@ -5,7 +5,7 @@ All functions are pure, and keep each tensor's shape and device.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,14 +87,16 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> None:
     tensor.detach().view(bits.dtype).bitwise_and_(bits)
 
 
-def survivors(alive: int, rate: float, rounds: int = 1) -> int:
+def survivors(alive: int, rate: float, rounds: int = 1, whole: Callable[[float], int] = round) -> int:
     """Weights left of `alive` after `rounds` levels: each removes round(rate x surviving), one of any stays at least.
+
+    `whole` makes the integer instead of `round`; see `scopes.COUNTS`.
 
     >>> survivors(10, 0.2), survivors(266_200, 0.2, rounds=2), survivors(1, 0.9), survivors(0, 0.2)
     (8, 170368, 1, 0)
     """
     for _ in range(rounds):
-        alive = max(min(1, alive), alive - round(rate * alive))
+        alive = max(min(1, alive), alive - whole(rate * alive))
     return alive
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lottery_callbacks.functional.masks import Masks
-from lottery_callbacks.functional.scopes import Budget
+from lottery_callbacks.functional.scopes import COUNTS, Budget
 
 Weights = Literal["kaiming_normal", "signed_constant", "scaled_kaiming_normal", "scaled_signed_constant", "module"]
 Scores = Literal["kaiming_uniform", "magnitude"]
-Scope = Literal["layerwise", "global", "threshold"]
+Scope = Literal["layerwise", "layerwise_truncated", "global", "threshold"]
 MANY = 1 << 13  # numbers from which on a histogram is faster than a selection among all
 
 
@@ -69,12 +69,18 @@ def shifted(scores: Tensor, sparsity: float) -> Tensor:
 def budget(sizes: Mapping[str, int], sparsity: float, scope: str) -> Budget:
     """How many scores are kept: size - round(sparsity * size), one at least, of each layer or ("global") of all.
 
+    "layerwise_truncated" keeps size - int(sparsity * size), as the published code does: one more of a layer whose
+    share would be rounded up. Rounding is the default because it gives the nearest density, as everywhere here.
+
     >>> budget({"a": 10, "b": 5}, 0.5, "layerwise"), budget({"a": 10, "b": 5}, 0.9, "global")
     ({('a',): 5, ('b',): 3}, {('a', 'b'): 1})
+    >>> budget({"a": 7}, 0.4, "layerwise"), budget({"a": 7}, 0.4, "layerwise_truncated")
+    ({('a',): 4}, {('a',): 5})
     """
+    count = COUNTS["truncated" if scope == "layerwise_truncated" else "rounded"]
     groups = [tuple(sizes)] if scope == "global" else [(name,) for name in sizes]
     totals = {names: sum(sizes[name] for name in names) for names in groups}
-    return {names: max(1, total - round(sparsity * total)) for names, total in totals.items()}
+    return {names: max(1, total - count(sparsity * total)) for names, total in totals.items()}
 
 
 def highest(scores: Mapping[str, Tensor], keep: Budget) -> Masks:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lottery_callbacks.functional.masks import kept
-from lottery_callbacks.functional.scopes import SCOPES, Budget
+from lottery_callbacks.functional.scopes import COUNTS, SCOPES, Budget
 
 
 def updates(begin: int, end: int, every: int) -> list[int]:
@@ -45,21 +45,24 @@ def geometric(present: float, target: float, rounds: int) -> list[float]:
     return [1 - present * ratio ** (i / rounds) for i in range(1, rounds)] + [target]
 
 
-def budget_at(sparsity: float, masks: Mapping[str, Tensor], scope: str) -> Budget:
+def budget_at(sparsity: float, masks: Mapping[str, Tensor], scope: str, counts: str = "rounded") -> Budget:
     """How many weights each group of `scope` keeps at a sparsity that counts from the dense network.
 
     kept = total - round(sparsity x total) per tensor ("layerwise") or over all; never more than survive, so that
-    a pruned weight never returns, and one at least.
+    a pruned weight never returns, and one at least. `counts` is "rounded", "truncated" or "ceiling"; see `scopes`.
     """
     alive = kept(masks)
     if scope == "layerwise":
-        rates = {name: _rate(sparsity, alive[name], mask.numel()) for name, mask in masks.items()}
+        rates = {
+            name: _rate(COUNTS[counts](sparsity * mask.numel()), alive[name], mask.numel())
+            for name, mask in masks.items()
+        }
     else:
-        rate = _rate(sparsity, sum(alive.values()), sum(mask.numel() for mask in masks.values()))
-        rates = dict.fromkeys(masks, rate)
+        total = sum(mask.numel() for mask in masks.values())
+        rates = dict.fromkeys(masks, _rate(COUNTS[counts](sparsity * total), sum(alive.values()), total))
     return SCOPES[scope](masks, rates, 1)
 
 
-def _rate(sparsity: float, alive: int, total: int) -> float:
-    """The rate of survivors whose rounded count leaves exactly total - round(sparsity x total)."""
-    return max(0, alive - (total - round(sparsity * total))) / alive
+def _rate(removed: int, alive: int, total: int) -> float:
+    """The rate of survivors whose rounded count leaves exactly total - removed."""
+    return max(0, alive - (total - removed)) / alive

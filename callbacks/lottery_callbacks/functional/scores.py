@@ -3,12 +3,17 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lottery_callbacks.functional.score_options import Positive
+
 Tensors = dict[str, Tensor]
+Mode = Literal["training", "evaluation"]
+Statistics = Literal["neutral", "running"]
+AS_TRAINED = {"mode": "training", "temperature": 1.0}  # the loss that `Evidence.losses` makes without arguments
 
 
 @dataclass(frozen=True)
@@ -18,9 +23,10 @@ class Evidence:
     Attributes:
         weights: the present weights, zero where pruned.
         generator: for scores that draw, on the CPU.
-        losses: makes the training loss of each batch of the evidence, differentiable in `weights`.
+        losses: makes the training loss of each batch of the evidence, differentiable in `weights`; with `mode` or
+            `temperature`, as far as a score asks for another one than is trained.
         scale: what these losses were multiplied by, against underflow in half precision.
-        flow: makes dR/d|w| of the synaptic flow R, see `synflow`.
+        flow: makes dR/d|w| of the synaptic flow R, see `synflow`; with `statistics`, if they are not neutral.
         movement: the sum over the steps of the fit so far of -gradient * weight.
         average: the mean of a tensor over processes.
         slices: weights in which each slice along a dimension keeps one at least, see `functional.slices`.
@@ -28,18 +34,23 @@ class Evidence:
 
     weights: Mapping[str, Tensor]
     generator: torch.Generator = field(default_factory=torch.Generator)
-    losses: Callable[[], Iterable[Tensor]] | None = None
+    losses: Callable[..., Iterable[Tensor]] | None = None
     scale: float = 1.0
-    flow: Callable[[], Tensors] | None = None
+    flow: Callable[..., Tensors] | None = None
     movement: Mapping[str, Tensor] | None = None
     average: Callable[[Tensor], Tensor] = lambda tensor: tensor
     slices: Mapping[str, int] = field(default_factory=dict)
 
-    def gradient(self) -> Tensors:
-        """The gradient dL/dw of L, the mean training loss over batches and processes. One backward pass a batch."""
-        return self._mean(lambda loss: self._differentiate(loss))
+    def gradient(self, **options: Any) -> Tensors:
+        """The gradient dL/dw of L, the mean training loss over batches and processes. One backward pass a batch.
 
-    def hessian_vector(self, vector: Mapping[str, Tensor]) -> Tensors:
+        Args:
+            options: `mode` "training" (dropout, batch statistics of norm layers) or "evaluation", of the whole
+                network; `temperature` T, by which the logits are divided (see `functional.temperature`).
+        """
+        return self._mean(lambda loss: self._differentiate(loss), options)
+
+    def hessian_vector(self, vector: Mapping[str, Tensor], **options: Any) -> Tensors:
         """The product H v with the Hessian of the same loss. Two backward passes a batch."""
 
         def product(loss: Tensor) -> list[Tensor]:
@@ -47,11 +58,12 @@ class Evidence:
             along = [(g * vector[n]).sum() for n, g in zip(self.weights, gradients, strict=True) if g.requires_grad]
             return self._differentiate(sum(along)) if along else gradients
 
-        return self._mean(product)
+        return self._mean(product, options)
 
-    def _mean(self, of: Callable[[Tensor], list[Tensor]]) -> Tensors:
+    def _mean(self, of: Callable[[Tensor], list[Tensor]], options: Mapping[str, Any]) -> Tensors:
+        asked = {name: value for name, value in options.items() if value != AS_TRAINED.get(name)}
         total, count = [torch.zeros_like(weight) for weight in self.weights.values()], 0
-        for loss in known("the training loss", self.losses)():
+        for loss in known("the training loss", self.losses)(**asked):
             total, count = [t + d.detach() for t, d in zip(total, of(loss), strict=True)], count + 1
         if not count:
             raise ValueError("no batch of the evidence has a loss: give the rule more `batches`, or another score")
@@ -70,7 +82,7 @@ class Evidence:
             ) from error
 
 
-Score = Callable[[Evidence], Tensors]
+Score = Callable[..., Tensors]  # of evidence, and by keyword of its options, each with a default
 
 
 def needs(what: str) -> Callable[[Score], Score]:
@@ -114,39 +126,67 @@ def random(evidence: Evidence) -> Tensors:
 
 
 @needs("batches")
-def gradient(evidence: Evidence) -> Tensors:
-    """The size |g| of the loss gradient: what would change fastest (Blalock et al., arXiv 2003.03033)."""
-    return {name: g.abs() for name, g in evidence.gradient().items()}
+def gradient(evidence: Evidence, mode: Mode = "training") -> Tensors:
+    """The size |g| of the loss gradient: what would change fastest (Blalock et al., arXiv 2003.03033).
+
+    Args:
+        evidence: with losses.
+        mode: as in `snip`.
+    """
+    return {name: g.abs() for name, g in evidence.gradient(mode=mode).items()}
 
 
 @needs("batches")
-def snip(evidence: Evidence) -> Tensors:
+def snip(evidence: Evidence, mode: Mode = "training") -> Tensors:
     """|g w|, connection sensitivity (Lee et al., arXiv 1810.02340): |dL/dc| of a gate c = 1 on the weight.
 
     The paper divides by the sum over all weights, which changes no ranking and is left out.
+
+    Args:
+        evidence: with losses.
+        mode: "training", the default, scores the loss that is trained: norm layers use the batch's statistics, and
+            dropout is on, drawn from a copy of the global random state. "evaluation" is the whole network in eval
+            mode, dropout and norm layers of one's own included, as in the authors' code; at initialisation norm
+            layers then do nothing but scale. With batch norm the two masks differ much (overlap 0.4 at 90 %).
     """
-    return {name: (g * evidence.weights[name]).abs().detach() for name, g in evidence.gradient().items()}
+    return {name: (g * evidence.weights[name]).abs().detach() for name, g in evidence.gradient(mode=mode).items()}
 
 
 @needs("batches")
-def grasp(evidence: Evidence) -> Tensors:
+def grasp(evidence: Evidence, mode: Mode = "training", temperature: Positive = 1.0) -> Tensors:
     """The product w (H g): what keeps the gradient flowing stays (Wang et al., arXiv 2002.07376).
 
-    The paper removes the highest of -w (H g). Deviations: the loss is the one that is trained, without the paper's
-    temperature of 200 on the logits, and batches are the fit's own instead of ten images a class.
+    The paper removes the highest of -w (H g). Deviation: batches are the fit's own instead of ten images a class.
+
+    Args:
+        evidence: with losses.
+        mode: as in `snip`.
+        temperature: T, by which the logits are divided in the loss, for g and H alike; see `functional.temperature`.
+            The default of 1 scores the loss that is trained; the published code has T = 200, near which all classes
+            are equally likely (overlap of the masks 0.4 on a VGG).
     """
-    product = evidence.hessian_vector(evidence.gradient())
+    slope = evidence.gradient(mode=mode, temperature=temperature)
+    product = evidence.hessian_vector(slope, mode=mode, temperature=temperature)
     return {name: (weight * product[name]).detach() for name, weight in evidence.weights.items()}
 
 
 @needs("batches")
-def synflow(evidence: Evidence) -> Tensors:
+def synflow(evidence: Evidence, statistics: Statistics = "neutral") -> Tensors:
     """|w| dR/d|w|, synaptic flow (Tanaka et al., arXiv 2006.05467), R = 1' (product of the layers' |w|) 1.
 
     R is the sum of the outputs for an input of ones through the network of absolute parameters. It needs no
-    data, only an input's shape. The paper prunes in 100 rounds; see `GradualPruning(rounds=100)`.
+    data, only an input's shape. The paper prunes in 100 rounds; see `GradualPruning(rounds=100)`. The published code
+    truncates the counts of these rounds, which are rounded here unless `Pruning(counts="truncated")`.
+
+    Args:
+        evidence: with a flow.
+        statistics: of batch norm. "neutral", the default, is mean 0 and variance 1: R is what the paper defines, a sum
+            of products of absolute weights, whatever the network has seen. "running" takes the absolute values of
+            those that training has left, as the published code does: then |mean| is subtracted, and ReLUs that it
+            closes stop the flow. On a new network both are the same.
     """
-    flow = known("the synaptic flow", evidence.flow)()
+    make = known("the synaptic flow", evidence.flow)
+    flow = make() if statistics == "neutral" else make(statistics=statistics)
     return {name: weight.detach().abs() * flow[name] for name, weight in evidence.weights.items()}
 
 
