@@ -24,7 +24,8 @@ COLUMNS = (
     ("reach ticket / dense", "dense", REACH),
     ("ticket - reinit", "reinit", ACCURACY),
     ("iterations reinit / ticket", "reinit", STOP),
-    ("ticket - random", "random", ACCURACY),
+    ("ticket - layerwise random", "layerwise_random", ACCURACY),
+    ("ticket - global random", "global_random", ACCURACY),
     ("ticket - one-shot", "one_shot", ACCURACY),
     ("iterations one-shot / ticket", "one_shot", STOP),
 )

@@ -1,7 +1,8 @@
 """Train a ticket, or a control of it, in one ordinary fit."""
 
 import os
-from typing import Literal
+import warnings
+from typing import Literal, get_args
 
 import lightning.pytorch as L
 import torch
@@ -17,7 +18,7 @@ from lottery_callbacks.reinitialise import reinitialise
 from lottery_callbacks.ticket import Ticket
 
 Weights = Literal["rewind", "reinit"]
-MaskSource = Literal["ticket", "shuffled", "random"]
+MaskSource = Literal["ticket", "layerwise_random", "global_random"]
 
 
 class ApplyTicket(MaskedTraining):
@@ -32,8 +33,8 @@ class ApplyTicket(MaskedTraining):
         ticket: a `Ticket`, or the path of one.
         weights: "rewind" starts from the ticket's rewind point; "reinit" from a fresh draw by the modules' own
             `reset_parameters` (the random reinitialisation control of arXiv 1803.03635), at step 0.
-        mask: "ticket", "shuffled" (each layer's mask permuted: same density per layer) or "random" (the same
-            number of weights anywhere): the random-mask controls.
+        mask: "ticket", or a random-mask control: "layerwise_random" (each layer's mask permuted: same density per
+            layer) or "global_random" (the same number of weights anywhere in the network).
         seed: of the draws that `weights` and `mask` make; the global random state is left alone.
 
     Raises:
@@ -45,22 +46,22 @@ class ApplyTicket(MaskedTraining):
         self,
         ticket: Ticket | str | os.PathLike[str],
         weights: Weights = "rewind",
-        mask: MaskSource = "ticket",
+        mask: MaskSource | str = "ticket",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.ticket = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
         self.weights = one_of("weights", weights, ("rewind", "reinit"))
-        self.mask = one_of("mask", mask, ("ticket", "shuffled", "random"))
+        self.mask = _mask_source(mask)
         self.seed = seed
         self.level = self.ticket.level
         self.masks = self._draw_masks()
 
     def _draw_masks(self) -> M.Masks:
         generator = torch.Generator().manual_seed(self.seed)
-        if self.mask == "shuffled":
+        if self.mask == "layerwise_random":
             return M.shuffled(self.ticket.masks, generator)
-        if self.mask == "random":
+        if self.mask == "global_random":
             return M.random_like(self.ticket.masks, generator)
         return self.ticket.masks
 
@@ -76,6 +77,23 @@ class ApplyTicket(MaskedTraining):
         else:
             start_from(self.ticket, trainer, pl_module, resumes)
         self.apply_masks(trainer, pl_module)
+
+
+def _mask_source(mask: str) -> MaskSource:
+    """The name, or that which a former one has today."""
+    if mask == "shuffled":
+        warnings.warn(
+            'mask="shuffled" is deprecated and will be removed: write mask="layerwise_random"',
+            FutureWarning,
+            stacklevel=3,
+        )
+        return "layerwise_random"
+    if mask == "random":
+        raise ValueError(
+            'mask="random" is ambiguous: choose "global_random" (as many weights anywhere in the network, what "random" '
+            'meant here) or "layerwise_random" (each layer\'s mask permuted)'
+        )
+    return one_of("mask", mask, get_args(MaskSource))
 
 
 def start_from(ticket: Ticket, trainer: L.Trainer, module: nn.Module, resumes: bool) -> None:

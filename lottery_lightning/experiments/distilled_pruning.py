@@ -14,7 +14,7 @@ from lottery_lightning.experiments.distilled_pruning_report import Row, report
 from lottery_lightning.experiments.instability import Instability, Lines
 from lottery_lightning.experiments.lottery import Lottery
 from lottery_lightning.experiments.routes import RANDOM, Route, check_routes, keep_identity, set_of
-from lottery_lightning.experiments.runs import Runner, Training, quick_collection, stable_seed
+from lottery_lightning.experiments.runs import Runner, Training, former, quick_collection, stable_seed
 from lottery_lightning.experiments.starts import DENSE
 from lottery_lightning.experiments.store import read_json, share_trials
 from lottery_lightning.progress import ExperimentProgress
@@ -27,8 +27,8 @@ class DistilledPruning:
 
     In each trial every route's lottery prunes the same initial weights up to the last of `levels`. Then the dense
     network and each route's tickets at these levels are trained on real data, `copies` times with other noise of SGD,
-    beside random masks: those of the real data's tickets (without such a route, the first one's), permuted within each
-    layer. Measured are the copies' test accuracy, the instability and the lines between them (see `Instability`), and
+    beside layerwise_random: the masks of the real data's tickets (without such a route, the first one's), permuted
+    within each layer. Measured are the copies' test accuracy, the instability and the lines between them (see `Instability`), and
     what each route's lottery consumed.
 
     It is `Lottery` for each route in `run_dir/<route>` and `Instability` in `run_dir/retrained`, with their folders,
@@ -74,6 +74,11 @@ class DistilledPruning:
         if not levels or min(levels) < 1 or len(set(levels)) < len(levels):
             raise ValueError(f"levels={list(levels)}: give levels from 1 on, each once; the dense one is always there")
         rewind = check_routes(routes)
+        if (old := Path(run_dir) / "random").is_dir():
+            raise ValueError(
+                f"{old} holds tickets of the route that is called {RANDOM} now, whose copies would be trained again: "
+                "choose another run_dir, or remove that one"
+            )
         self.data, self.run_dir, self.routes = data, Path(run_dir), routes
         self.levels, self.trials, self.seed = sorted(levels), trials, seed
         self.lotteries = {
@@ -170,7 +175,7 @@ class DistilledPruning:
             return
         first = next((name for name, route in self.routes.items() if route.distilled is None), next(iter(self.routes)))
         ticket, dense = (Ticket.load(self._ticket(first, number, trial)) for number in (level, 0))
-        generator = torch.Generator().manual_seed(stable_seed(self.seed + trial, level, RANDOM))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed + trial, level, former(RANDOM)))
         masks = M.shuffled(ticket.masks, generator)
         Ticket(masks, dense.rewind, {"level": level, "pruning": RANDOM}).save(path)
 

@@ -1,8 +1,9 @@
 """The lottery ticket experiment: winning tickets by iterative magnitude pruning, and the controls that they beat."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -12,11 +13,11 @@ from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.scores import Evidence
 from lottery_callbacks.iterative_magnitude_pruning import Level, Retrain
 from lottery_lightning.experiments.lottery_report import report
-from lottery_lightning.experiments.runs import Run, Runner, Training, quick_collection, stable_seed
+from lottery_lightning.experiments.runs import Run, Runner, Training, former, quick_collection, stable_seed
 from lottery_lightning.experiments.store import share_trials
 from lottery_lightning.progress import ExperimentProgress
 
-Control = Literal["reinit", "random", "one_shot"]
+CONTROLS = ("reinit", "layerwise_random", "global_random", "one_shot")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Lottery:
     each control of level L is one more run that trains exactly as many weights:
 
     - "reinit": the ticket's mask, weights drawn anew.
-    - "random": the ticket's start, its mask permuted within each layer.
+    - "layerwise_random": the ticket's start, its mask permuted within each layer.
+    - "global_random": the ticket's start, as many weights kept anywhere in the network.
     - "one_shot": the dense run's weights pruned once to the ticket's counts, then the ticket's start.
 
     Finished runs are skipped on a rerun and a torn one is resumed; a second process with the same command shares
@@ -56,7 +58,8 @@ class Lottery:
         run_dir: where everything is kept.
         levels: the last level; level 0 is dense.
         trials: number of trials; trial t has seed `seed + t`.
-        controls: how many draws of each control per trial and level.
+        controls: how many draws of each control per trial and level; by default one of reinit, layerwise_random and
+            one_shot.
         rule: how levels are pruned.
         training: how runs train.
         seed: of the first trial.
@@ -69,7 +72,7 @@ class Lottery:
         run_dir: Path,
         levels: int = 20,
         trials: int = 1,
-        controls: dict[Control, int] | None = None,
+        controls: dict[str, int] | None = None,
         rule: Rule = Rule(),
         training: Training = Training(),
         seed: int = 0,
@@ -79,10 +82,20 @@ class Lottery:
         self.model, self.data = model, data
         self.run_dir = Path(run_dir)
         self.levels, self.trials, self.seed = levels, trials, seed
-        every: dict[Control, int] = {"reinit": 1, "random": 1, "one_shot": 1}
-        self.controls = every if controls is None else controls
-        if unknown := set(self.controls) - set(every):
-            raise ValueError(f"controls names {', '.join(sorted(unknown))}: there are {', '.join(every)}")
+        self.controls = {"reinit": 1, "layerwise_random": 1, "one_shot": 1} if controls is None else controls
+        if "random" in self.controls:
+            raise ValueError(
+                "controls names random, which is ambiguous: choose layerwise_random (each layer's mask permuted, what "
+                "random meant here) or global_random (as many weights anywhere in the network)"
+            )
+        if unknown := set(self.controls) - set(CONTROLS):
+            raise ValueError(f"controls names {', '.join(sorted(unknown))}: there are {', '.join(CONTROLS)}")
+        runs = self.run_dir.glob("trial_*/level_*")
+        if old := sorted(str(run) for run in runs if re.fullmatch(r"level_\d+_random_\d+", run.name)):
+            raise ValueError(
+                f"{old[0]} is a run of the control that is called layerwise_random now, and would be trained again: "
+                "choose another run_dir, or remove that one"
+            )
         if rule.pruning.needs and self.controls.get("one_shot"):
             raise ValueError(f"one_shot has no {rule.pruning.needs} for score {rule.pruning}: leave it out of controls")
         self.rule, self.training = rule, training
@@ -156,11 +169,11 @@ class Lottery:
 
     def _control(self, run: Run, imp: IterativeMagnitudePruning, dense: Run) -> ApplyTicket:
         ticket = Ticket.load(imp.ticket_path(run.level))
-        seed = stable_seed(self.seed + run.trial, run.level, run.arm, run.draw, "control")
+        seed = stable_seed(self.seed + run.trial, run.level, former(run.arm), run.draw, "control")
         if run.arm == "reinit":
             return ApplyTicket(ticket, weights="reinit", seed=seed)
-        if run.arm == "random":
-            return ApplyTicket(ticket, mask="shuffled", seed=seed)
+        if run.arm in ("layerwise_random", "global_random"):
+            return ApplyTicket(ticket, mask=run.arm, seed=seed)
         trained = torch.load(dense.run_dir / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         evidence = Evidence(trained, torch.Generator().manual_seed(seed))
         masks = self.rule.pruning.next_masks(evidence, M.ones(ticket.masks), self.rule.rate, rounds=run.level)

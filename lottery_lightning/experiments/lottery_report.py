@@ -18,7 +18,13 @@ from lottery_lightning.figures import lottery_figure, mask_figure
 from lottery_lightning.loggers import close, log_image, log_level, log_table, make_logger
 
 Row = dict[str, Any]
-ARMS = {"ticket": "ticket", "reinit": "reinitialised", "random": "random mask", "one_shot": "one-shot"}
+ARMS = {
+    "ticket": "ticket",
+    "reinit": "reinitialised",
+    "layerwise_random": "layerwise random",
+    "global_random": "global random",
+    "one_shot": "one-shot",
+}
 COLUMNS: tuple[str, ...] = (
     "trial", "level", "arm", "draw", "density", "kept", "early_stop_iteration", "reach_dense_iteration",
     "min_val_loss", "test_acc_early_stop", "test_acc_end",
@@ -110,7 +116,7 @@ def finding(rows: Sequence[Row]) -> dict[str, Any]:
         ),
         "sparsest_matching_density": density(last) if matching else None,
     }
-    for arm in ("reinit", "random", "one_shot"):
+    for arm in list(ARMS)[1:]:
         if select(rows, arm=arm, level=last):
             found[f"ticket_minus_{arm}"] = summarise(
                 paired(

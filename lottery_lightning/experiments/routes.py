@@ -16,8 +16,8 @@ from lottery_lightning.experiments.lottery import Rule
 from lottery_lightning.experiments.runs import Training
 from lottery_lightning.experiments.store import read_json, write_json
 
-RANDOM = "random"
-OWN = ("dense", RANDOM, "retrained")  # what the experiment itself calls so
+RANDOM = "layerwise_random"
+OWN = ("dense", RANDOM, "random", "retrained")  # what the experiment itself calls, or called, so
 
 
 @dataclass(frozen=True)

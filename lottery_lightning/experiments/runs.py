@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ class Runner:
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
             self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]
-        L.seed_everything(stable_seed(seed, run.level, run.arm, run.draw), verbose=False)
+        L.seed_everything(stable_seed(seed, run.level, former(run.arm), run.draw), verbose=False)
         folder, validate, curve = run.run_dir, ValidateEvery(self.training.val_every), ValidationCurve()
         best = ModelCheckpoint(
             folder,
@@ -258,6 +259,15 @@ def _check_step(best: Path, iteration: int) -> None:
     step = torch.load(best, map_location="cpu", weights_only=True)["global_step"]
     if step != iteration:
         raise ValueError(f"{best} is of step {step} and not of the best, {iteration}: remove its folder and repeat")
+
+
+def former(arm: str) -> str:
+    """The arm as it was called when results were published: seeds are drawn from that name, to the same bits.
+
+    >>> former("layerwise_random"), former("layerwise_random level 4 at 0it"), former("global_random")
+    ('random', 'random level 4 at 0it', 'global_random')
+    """
+    return re.sub(r"^layerwise_random(?=$| level )", "random", arm)
 
 
 def stable_seed(*parts: object) -> int:

@@ -16,7 +16,8 @@ from lottery_lightning.figures.drawing import canvas, png
 STYLE = {
     "ticket": ("winning ticket", "tab:blue", "o", "-", 1.0),
     "reinit": ("random reinitialisation", "tab:orange", "s", "--", 1.03),
-    "random": ("random mask", "tab:green", "^", ":", 0.97),
+    "layerwise_random": ("layerwise random mask", "tab:green", "^", ":", 0.97),
+    "global_random": ("global random mask", "tab:purple", "v", (0, (1, 3)), 0.985),
     "one_shot": ("one-shot", "tab:red", "D", "-.", 1.015),
 }
 PANELS = (

@@ -81,7 +81,7 @@ def test_the_seed_decides_what_is_drawn(tmp_path, ticket):
     ]
     assert draw[0] == draw[1]
     assert draw[0]["net.1.weight"] != draw[2]["net.1.weight"]
-    shuffles = [ApplyTicket(ticket, mask="shuffled", seed=seed).masks["net.1.weight"] for seed in (3, 3, 4)]
+    shuffles = [ApplyTicket(ticket, mask="layerwise_random", seed=seed).masks["net.1.weight"] for seed in (3, 3, 4)]
     assert torch.equal(shuffles[0], shuffles[1])
     assert not torch.equal(shuffles[0], shuffles[2])
 
@@ -91,7 +91,7 @@ def global_rng():
     return raw(torch.get_rng_state()), random.getstate(), (state[1].tobytes(), *state[2:])
 
 
-@pytest.mark.parametrize("mask", ["ticket", "shuffled", "random"])
+@pytest.mark.parametrize("mask", ["ticket", "layerwise_random", "global_random"])
 @pytest.mark.parametrize("weights", ["rewind", "reinit"])
 def test_no_control_touches_the_global_random_state(tmp_path, ticket, weights, mask):
     seen = []
@@ -133,7 +133,7 @@ def test_reinit_refuses_by_name_a_parameter_that_nobody_can_redraw(tmp_path):
     assert bits(module) == before
 
 
-@pytest.mark.parametrize("mask", ["shuffled", "random"])
+@pytest.mark.parametrize("mask", ["layerwise_random", "global_random"])
 def test_mask_controls_keep_as_many_weights_elsewhere(tmp_path, ticket, mask):
     control = ApplyTicket(ticket, mask=mask, seed=1)
     probe, end = start_and_end(tmp_path, control, seeded(1, Net))
@@ -141,7 +141,7 @@ def test_mask_controls_keep_as_many_weights_elsewhere(tmp_path, ticket, mask):
     own = {name: int((~m).sum()) for name, m in ticket.masks.items()}
     assert sum(removed(ticket, start["module"]).values()) == total
     assert sum(removed(ticket, end).values()) == total
-    if mask == "shuffled":
+    if mask == "layerwise_random":
         assert removed(ticket, start["module"]) == removed(ticket, end) == own
     for name, kept in ticket.masks.items():
         assert not torch.equal(start["module"][name] == 0, ~kept)
@@ -154,7 +154,7 @@ def test_mask_controls_keep_as_many_weights_elsewhere(tmp_path, ticket, mask):
 
 
 def test_random_masks_have_layers_of_other_densities(ticket):
-    layers = [ApplyTicket(ticket, mask="random", seed=seed).masks for seed in range(4)]
+    layers = [ApplyTicket(ticket, mask="global_random", seed=seed).masks for seed in range(4)]
     own = [int(mask.sum()) for mask in ticket.masks.values()]
     counts = [[int(mask.sum()) for mask in masks.values()] for masks in layers]
     assert all(sum(count) == sum(own) for count in counts)
@@ -185,7 +185,10 @@ def test_a_ticket_for_another_architecture_is_refused_in_one_line(tmp_path, tick
     ("make", "message"),
     [
         (partial(ApplyTicket, weights="random"), "weights='random' is not known: choose one of rewind, reinit"),
-        (partial(ApplyTicket, mask="none"), "mask='none' is not known: choose one of ticket, shuffled, random"),
+        (
+            partial(ApplyTicket, mask="none"),
+            "mask='none' is not known: choose one of ticket, layerwise_random, global_random",
+        ),
         (lambda _: ApplyTicket("nowhere.safetensors"), "nowhere.safetensors is missing or torn"),
         *(
             (lambda _, rate=rate: IterativeMagnitudePruning(rate=rate), r"outside \(0, 1\)")

@@ -109,7 +109,7 @@ def main(folder):
 
     ticket = ticket_of(seeded(0, Net), half_masks(seeded(0, Net)))
     record["refusals"] = {
-        "at the start of a fit": refusal(folder, ApplyTicket(ticket, mask="shuffled", seed=rank)),
+        "at the start of a fit": refusal(folder, ApplyTicket(ticket, mask="layerwise_random", seed=rank)),
         "within a fit": refusal(folder, GradualPruning(0.5, "3it", pruning=Pruning(score=by_rank))),
     }
     (folder / f"rank_{rank}.json").write_text(json.dumps(record))

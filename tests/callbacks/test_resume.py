@@ -168,7 +168,7 @@ def test_a_ticket_is_taken_up_as_a_level_is(tmp_path, unbroken):
 
 
 @pytest.mark.parametrize("weights", ["rewind", "reinit"])
-@pytest.mark.parametrize("mask", ["ticket", "shuffled", "random"])
+@pytest.mark.parametrize("mask", ["ticket", "layerwise_random", "global_random"])
 def test_a_control_is_taken_up_as_a_ticket_is(tmp_path, unbroken, weights, mask):
     whole = unbroken("6it")
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_line(tmp_path, kind, othe
         fit_with(tmp_path, seeded(0, Net), Blobs(), another)
     else:
         make = partial(ApplyTicket, ticket)
-        another = ApplyTicket(ticket, mask="shuffled")
+        another = ApplyTicket(ticket, mask="layerwise_random")
     path = checkpoint_of(tmp_path, *([] if other == "plain" else [another]))
     expected = "holds no mask" if other == "plain" else "holds another mask"
     module = seeded(5, Net)

@@ -9,7 +9,7 @@ from lottery_callbacks.rewinding import RewindPoint
 from lottery_lightning.figures import kept_map, lottery_figure, mask_figure
 
 
-def rows(trials=2, levels=4, arms=("ticket", "reinit", "random", "one_shot")):
+def rows(trials=2, levels=4, arms=("ticket", "reinit", "layerwise_random", "global_random", "one_shot")):
     source = random.Random(0)
     return [
         {

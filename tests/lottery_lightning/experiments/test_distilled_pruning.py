@@ -87,7 +87,7 @@ def test_a_row_is_a_pair_of_copies_of_each_route_and_level(finished):
     run, _, _ = finished
     rows = rows_of(run / "results.csv")
     places = [(row["route"], row["level"], row["trial"]) for row in rows]
-    routes = ("real", "distilled", "as published", "random")
+    routes = ("real", "distilled", "as published", "layerwise_random")
     expected = [("dense", "0"), *((route, level) for level in ("1", "3") for route in routes)]
     assert places == [(*place, trial) for place in expected for trial in ("0", "1") for _ in range(3)]
     densities = {level: {row["density"] for row in rows if row["level"] == level} for level in ("0", "1", "3")}
@@ -95,7 +95,7 @@ def test_a_row_is_a_pair_of_copies_of_each_route_and_level(finished):
     assert [len(some) for some in densities.values()] == [1, 1, 1]  # every route keeps as many
     for row in rows[-3:]:
         for copy, error in (("first", "error_first"), ("second", "error_second")):
-            folder = run / "retrained" / f"trial_{row['trial']}" / f"random_level_3_0it_{row[copy]}"
+            folder = run / "retrained" / f"trial_{row['trial']}" / f"layerwise_random_level_3_0it_{row[copy]}"
             record = json.loads((folder / "result.json").read_text())
             assert float(row[error]) == pytest.approx(1 - record["test_acc_end"], abs=1e-6)
 
@@ -144,7 +144,7 @@ def test_random_tickets_keep_the_counts_of_the_real_datas_and_its_start(finished
         for level in (1, 3):
             random, real = (
                 Ticket.load(run / route / f"trial_{trial}" / "tickets" / f"level_{level:02d}.safetensors")
-                for route in ("random", "real")
+                for route in ("layerwise_random", "real")
             )
             assert M.kept(random.masks) == M.kept(real.masks)
             assert not any(torch.equal(random.masks[name], mask) for name, mask in real.masks.items())
@@ -196,7 +196,11 @@ def test_a_torn_experiment_goes_on_to_the_same_tables(tmp_path, monkeypatch):
         return DistilledPruning(task(), Digits(), tmp_path / folder, routes, [2], 2, 2, Lines(3), training)
 
     experiment("whole").run()
-    for place in ("real/trial_0/level_01", "distilled/trial_0/level_00", "retrained/trial_1/random_level_2_0it_1"):
+    for place in (
+        "real/trial_0/level_01",
+        "distilled/trial_0/level_00",
+        "retrained/trial_1/layerwise_random_level_2_0it_1",
+    ):
 
         class Watch(ExperimentProgress):
             def visit_ends(self, per_epoch, last):
@@ -243,7 +247,10 @@ def test_the_bar_counts_every_step(tmp_path, monkeypatch):
         ({"levels": []}, r"levels=\[\]: give levels from 1 on, each once"),
         ({"levels": [0, 2]}, r"levels=\[0, 2\]: give levels from 1 on"),
         ({"routes": {}}, "routes: give one at least"),
-        ({"routes": {"random": Route()}}, "names that differ in a letter and are none of dense, random, retrained"),
+        (
+            {"routes": {"random": Route()}},
+            "names that differ in a letter and are none of dense, layerwise_random, random, retrained",
+        ),
         ({"routes": {"a b": Route(), "a, b": Route()}}, "names that differ in a letter"),
         ({"routes": {"a/b": Route()}}, "routes: 'a/b' is the name of a folder"),
         ({"routes": {"..": Route()}}, r"routes: '\.\.' is the name of a folder"),
@@ -287,7 +294,7 @@ def test_a_set_replaced_under_its_name_is_refused_and_a_finished_experiment_need
 def test_routes_in_another_order_leave_the_random_tickets_as_they_are(tmp_path):
     routes = {name: Route(rule=Rule(pruning=Pruning(score))) for name, score in (("a", "magnitude"), ("b", "random"))}
     quick(tmp_path / "run", routes).run()
-    (ticket,) = (tmp_path / "run" / "random").rglob("level_01.safetensors")
+    (ticket,) = (tmp_path / "run" / "layerwise_random").rglob("level_01.safetensors")
     before = ticket.read_bytes()
     quick(tmp_path / "run", dict(reversed(routes.items()))).run()
     assert ticket.read_bytes() == before

@@ -39,7 +39,14 @@ def lottery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("geometry") / "lottery"
     with contextlib.redirect_stdout(io.StringIO()):
         Lottery(
-            task(), Digits(), folder, levels=2, trials=2, controls={"random": 1}, rule=Rule(0.4), training=SHORT
+            task(),
+            Digits(),
+            folder,
+            levels=2,
+            trials=2,
+            controls={"layerwise_random": 1},
+            rule=Rule(0.4),
+            training=SHORT,
         ).run()
     return folder
 

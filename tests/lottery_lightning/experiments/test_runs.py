@@ -88,7 +88,7 @@ def test_trials_differ_in_their_start_and_controls_keep_the_counts(tmp_path):
         path.parent.name: torch.load(path, weights_only=True)["state_dict"]
         for path in (tmp_path / "trial_0").glob("level_02*/final.ckpt")
     }
-    assert sorted(final) == ["level_02", "level_02_one_shot_0", "level_02_random_0", "level_02_reinit_0"]
+    assert sorted(final) == ["level_02", "level_02_layerwise_random_0", "level_02_one_shot_0", "level_02_reinit_0"]
     names = [name for name in final["level_02"] if name.endswith("weight")]
     kept = {arm: [int((state[name] != 0).sum()) for name in names] for arm, state in final.items()}
     assert kept["level_02"] == [819, 128]  # of 1280 and 200: 1024 - 205, 160 - 32
@@ -97,7 +97,7 @@ def test_trials_differ_in_their_start_and_controls_keep_the_counts(tmp_path):
         arm: bool(torch.equal(state[names[0]] != 0, final["level_02"][names[0]] != 0)) for arm, state in final.items()
     }
     assert same["level_02_reinit_0"]
-    assert not same["level_02_random_0"]
+    assert not same["level_02_layerwise_random_0"]
 
 
 def test_a_level_of_the_experiment_is_the_same_alone_or_in_a_whole_plan(tmp_path):
