@@ -43,7 +43,7 @@ def require_capturable(module: nn.Module) -> None:
     state = parameters | persistent_buffers(module)
     strange = [f"{name} ({_kind(tensor)})" for name, tensor in state.items() if not fits_a_file(tensor)]
     _refuse(strange, "of a kind that no ticket holds", "make it a dense tensor, or a buffer with persistent=False")
-    wide = [name for name, parameter in parameters.items() if parameter.requires_grad and not _writable(parameter)]
+    wide = [name for name, parameter in parameters.items() if parameter.requires_grad and not writable(parameter)]
     _refuse(wide, "expanded, and cannot be trained", "make it a tensor of its own by clone()")
     first_presence(module)
 
@@ -157,9 +157,9 @@ def _refuse(names: list[str], what: str, remedy: str) -> None:
         raise ValueError(f"{describe(names)} is {what}: {remedy}")
 
 
-def _writable(tensor: Tensor) -> bool:
+def writable(tensor: Tensor) -> bool:
     """Whether each entry has a place of its own, which may be written to."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_inference():
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_inference():  # a nested one has no strides
         return False
     return all(step or size < 2 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -200,7 +200,7 @@ def _rounds(source: torch.dtype, target: torch.dtype) -> bool:
 
 
 def _write(module: nn.Module, tensor: Tensor, value: Tensor) -> None:
-    if _writable(tensor) and tensor.shape == value.shape:
+    if writable(tensor) and tensor.shape == value.shape:
         tensor.copy_(value)
         return
     new = value.to(tensor.device, tensor.dtype, copy=True)

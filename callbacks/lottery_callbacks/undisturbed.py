@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import Metric  # comes with lightning
 
 from lottery_callbacks import random_state
+from lottery_callbacks.module_state import writable
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def undisturbed(module: L.LightningModule) -> Iterator[None]:
     `training_step` of one's own counts or appends to is not put back.
     """
     owned = [(part, dict(part._buffers)) for part in module.modules()]  # a step may assign new tensors
-    values = {buffer: buffer.clone() for buffer in module.buffers()}
+    values = {buffer: buffer.clone() for buffer in module.buffers() if writable(buffer)}  # no step changes the others
     metrics = [(part, _state(part)) for part in module.modules() if isinstance(part, Metric)]
     module.log = module.log_dict = lambda *_, **__: None  # on the object: its class keeps its own
     try:

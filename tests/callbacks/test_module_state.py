@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lottery_callbacks import ApplyTicket, GradualPruning, IterativeMagnitudePruning, RewindPoint, Ticket
+from lottery_callbacks import ApplyTicket, GradualPruning, IterativeMagnitudePruning, Pruning, RewindPoint, Ticket
 from lottery_callbacks.rewinding import snapshot, to_cpu
 
 schedulers = torch.optim.lr_scheduler
@@ -415,3 +415,11 @@ def test_a_ticket_found_within_a_fit_applies_to_a_new_module_too():
     quiet(".", [pruning], max_epochs=1).fit(module, loader())
     fresh = pruning.ticket(module).apply_(seeded(1, Observed))
     assert frozen_state(dict(fresh.state_dict())) == frozen_state(dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("make", [Validated, Expanded], ids=lambda make: make.__name__)
+def test_a_score_of_batches_leaves_buffers_that_cannot_be_written_to(tmp_path, make):
+    imp, module = IterativeMagnitudePruning(run_dir=tmp_path, pruning=Pruning(score="snip")), make()
+    for level in imp.levels(1):
+        quiet(level.run_dir, [imp], max_epochs=1).fit(module, loader(), loader())
+    assert imp.ticket_path(2).exists()
