@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lottery_callbacks.fit_checks import refuse_diverged, refuse_finders
 from lottery_callbacks.functional.alpha_stable import Kind, factors
 from lottery_callbacks.functional.noise_stream import NoiseStream
 from lottery_callbacks.functional.stable_table import StableTable
@@ -63,7 +64,9 @@ class HeavyTailedNoise(L.Callback):
 
     Raises:
         ValueError: a bad argument; a pattern that matches nothing, or no weight left; an optimizer without `lr`; a
-            callback that trains scores (EdgePopup); a strategy that shards weights; a checkpoint of other noise.
+            callback that trains scores (EdgePopup), or trains within the fit (LearningRateFinder, BatchSizeFinder); a
+            strategy that shards weights; a checkpoint of other noise, or of a run that had diverged.
+        RuntimeError: at the end, a parameter was replaced during the fit.
     """
 
     def __init__(
@@ -97,12 +100,17 @@ class HeavyTailedNoise(L.Callback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "add noise")
+        refuse_finders(trainer, self)
         for callback in _callbacks(trainer):
             if isinstance(callback, ScoreTraining):
                 raise ValueError(f"{type(callback).__name__} trains scores of weights that stay: leave the noise out")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the layers and begin their noise, or go on with it: optimizers are restored, and no step is made."""
+        if self._resumed:
+            refuse_diverged(trainer, pl_module)
+        elif trainer.ckpt_path:
+            rank_zero_warn(f"{trainer.ckpt_path} was trained without noise, which begins after step {trainer.global_step}")
         groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for optimizer, group in groups:
             if "lr" not in group:
@@ -210,6 +218,13 @@ class HeavyTailedNoise(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
+        own = named_parameters(pl_module)
+        gone = [name for name, parameter in zip(self.layers, self._streams, strict=True) if own.get(name) is not parameter]
+        if gone:
+            raise RuntimeError(
+                f"{describe(gone)} was replaced during the fit, and had no noise from there on: write into the "
+                "parameter with copy_()"
+            )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()

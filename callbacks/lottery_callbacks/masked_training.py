@@ -12,6 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lottery_callbacks import random_state
+from lottery_callbacks.fit_checks import (
+    has_stopped,
+    place,
+    refuse_diverged,
+    refuse_finders,
+    require_sparse,
+    require_training,
+    stop_again,
+)
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.names import named_parameters
@@ -27,7 +36,7 @@ KEEP_ZEROS = {
 class MaskedTraining(L.Callback):
     """Base of the callbacks that train under `self.masks` (boolean, by parameter name, True = kept).
 
-    `fit_masks` are those of the last fit that began, also when `masks` have gone on to the next level.
+    `fit_masks` are those of the present fit or the last one, also when `masks` have gone on to the next level.
 
     A subclass sets the masks and calls `resumes` and then `apply_masks` in its `on_fit_start`. From there pruned
     weights, their gradients and their optimizer state are exactly 0 at every step: gradients are masked before
@@ -36,12 +45,17 @@ class MaskedTraining(L.Callback):
     `state_dict` keys never change.
 
     Kept in checkpoints: the masks and the global random state of each process, so that a resumed fit goes on bit for
-    bit. Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are
+    bit, and whether the fit had been stopped, by EarlyStopping or others: a resumed one then ends at once.
+    Sharded strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are
     applied: one digest is gathered.
     Cost a step: two bitwise ands over the pruned tensors; in a visit of several steps one, since there the weights are
-    masked once a visit if the optimizer cannot move them (`keeps_zeros`).
+    masked once a visit if the optimizer cannot move them (`keeps_zeros`). At each checkpoint and at the end of the fit
+    the module is looked through for pruned weights that are not 0.
 
     Raises:
+        ValueError: before the first step, a callback that trains within the fit (`LearningRateFinder`,
+            `BatchSizeFinder`), or a checkpoint of a run that had diverged; at the end, a fit that has trained no step.
+        RuntimeError: at a checkpoint or at the end, a pruned weight is not 0: something wrote to it past the masks.
         RuntimeError: a process holds other masks than the first one; raised on all of them.
         RuntimeError: the optimizer keeps state of another shape than its weights (Adafactor, LBFGS), which
             cannot be masked entry by entry.
@@ -52,6 +66,8 @@ class MaskedTraining(L.Callback):
         self.masks: M.Masks = {}
         self.fit_masks: M.Masks = {}
         self._bits: dict[nn.Parameter, Tensor] = {}
+        self._held: dict[str, nn.Parameter] = {}
+        self._began = [0, 0]  # the place where this fit began, also one that was resumed
         self._handles: list[Any] = []
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
@@ -61,6 +77,8 @@ class MaskedTraining(L.Callback):
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
+            refuse_finders(trainer, self)
+            self.fit_masks, self._began = {}, [0, 0]
             callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
             setters = [type(callback).__name__ for callback in callbacks if isinstance(callback, MaskedTraining)]
             if len(setters) > 1:
@@ -87,11 +105,17 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
+        refuse_diverged(trainer, trainer.lightning_module)
+        self._began = state.get("began", [0, 0])
+        if state.get("stopped"):
+            stop_again(trainer)
         random_state.restore(of_this_process(trainer, state["random_states"]))
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         """Begin a fit under `self.masks`."""
+        if not self._resumed:
+            self._began = place(trainer)
         self.change_masks(trainer, module, self.masks)
 
     def change_masks(self, trainer: L.Trainer, module: nn.Module, masks: M.Masks) -> None:
@@ -102,11 +126,13 @@ class MaskedTraining(L.Callback):
         """
         require_agreement(trainer, masks)
         self.masks = self.fit_masks = masks
-        parameters = named_parameters(module)
-        self._bits = {
-            parameters[name]: M.as_bits(mask, parameters[name]) for name, mask in self.masks.items() if not mask.all()
-        }
+        self._hold(module)
         self._zero(trainer.optimizers)
+
+    def _hold(self, module: nn.Module) -> None:
+        parameters = named_parameters(module)
+        self._held = {name: parameters[name] for name, mask in self.masks.items() if not mask.all()}
+        self._bits = {parameter: M.as_bits(self.masks[name], parameter) for name, parameter in self._held.items()}
 
     def _zero(self, optimizers: list[Optimizer]) -> None:
         for parameter, bits in self._bits.items():
@@ -116,6 +142,7 @@ class MaskedTraining(L.Callback):
                     M.zero_pruned_(value, bits)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._hold(pl_module)  # the module's own on_fit_start may have replaced parameters
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
         self._once_a_visit = makes_visits(trainer)
         self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
@@ -157,8 +184,15 @@ class MaskedTraining(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what is no trained ticket; a subclass calls this before it makes one."""
+        require_training(trainer, self._began)
+        require_sparse(trainer, pl_module, self.fit_masks, self._held)
+        self._held = {}
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
+        self._held = {}
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -166,7 +200,16 @@ class MaskedTraining(L.Callback):
         self._handles, self._bits, self._checked = [], {}, set()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": dict(self.fit_masks), "random_states": of_all_processes(random_state.collect())}
+        return {
+            "masks": dict(self.fit_masks),
+            "random_states": of_all_processes(random_state.collect()),
+            "began": list(self._began),
+        }
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"][self.state_key]["stopped"] = has_stopped(trainer)
+        if trainer.state.fn == "fit" and trainer.state.status == "running":  # not where an error ends the fit
+            require_sparse(trainer, pl_module, self.fit_masks, self._held)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Masks = dict[str, Tensor]
 
@@ -40,6 +40,30 @@ def zero_pruned_(tensor: Tensor, bits: Tensor) -> None:
     A bitwise and: exact, and about as cheap on a CPU as a float product.
     """
     tensor.detach().view(bits.dtype).bitwise_and_(bits)
+
+
+def require_zeros(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Check that each pruned weight is 0 in the module as it is now; -0.0 is 0, and NaN is not.
+
+    Args:
+        module: its parameters are looked up by name, and may be wrapped by `torch.compile`.
+        masks: by the plain network's names.
+
+    Cost: a pass over the pruned tensors and one copy from each device.
+
+    Raises:
+        RuntimeError: names the first parameter that is absent, of another shape, or other than 0 where it is pruned.
+    """
+    own = {name.replace("_orig_mod.", ""): parameter.detach() for name, parameter in module.named_parameters()}
+    for name, mask in masks.items():
+        if name not in own or own[name].shape != mask.shape:
+            found = tuple(own[name].shape) if name in own else "absent"
+            raise RuntimeError(f"{name} has a mask of shape {tuple(mask.shape)}, and is {found} in the network")
+    nonzero = {n: ((own[n] != 0) & ~mask.to(own[n].device)).sum().cpu() for n, mask in masks.items() if not mask.all()}
+    counts = torch.stack(list(nonzero.values())).tolist() if nonzero else []
+    for name, count in zip(nonzero, counts, strict=True):
+        if count:
+            raise RuntimeError(f"{count} of {int((~masks[name]).sum())} pruned weights of {name} are not 0")
 
 
 def survivors(alive: int, rate: float, rounds: int = 1) -> int:
