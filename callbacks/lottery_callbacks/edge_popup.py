@@ -79,6 +79,8 @@ class EdgePopup(ScoreTraining):
         RuntimeError: the optimizer evaluates its closure several times a step (LBFGS); processes hold other masks.
     """
 
+    found = ("masks", "fit_masks", "scores", "fixed", "ticket", "step")
+
     def __init__(
         self,
         sparsity: float = 0.5,

@@ -22,9 +22,10 @@ from lottery_callbacks.names import named_parameters
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.score_training import ScoreTraining
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 
-class HeavyTailedNoise(L.Callback):
+class HeavyTailedNoise(SpawnSafe):
     """Adds scale * lr^(1 / alpha) * X to weights after each optimizer step, X alpha-stable (arXiv 2306.08125).
 
     Each number of X has the characteristic function exp(-|t|^alpha); lr is the rate of the weight's parameter group in
@@ -69,6 +70,8 @@ class HeavyTailedNoise(L.Callback):
         RuntimeError: at the end, a parameter was replaced during the fit.
     """
 
+    found = ("layers",)
+
     def __init__(
         self,
         alpha: float,
@@ -96,6 +99,7 @@ class HeavyTailedNoise(L.Callback):
         self._said = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage != "fit":
             return
@@ -237,7 +241,7 @@ class HeavyTailedNoise(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         states = [[stream.state_dict() for stream in streams] for streams in self._streams.values()]
-        return {"rule": self._rule, "streams": dict(zip(self.layers, states, strict=True))}
+        return {"rule": self._rule, "streams": dict(zip(self.layers, states, strict=bool(states)))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

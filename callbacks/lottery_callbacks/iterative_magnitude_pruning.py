@@ -87,6 +87,8 @@ class IterativeMagnitudePruning(PruningCallback):
             rule or of a level that is finished; each says what to do.
     """
 
+    found = ("ticket", "masks", "fit_masks", "level", "_yielded")
+
     def __init__(
         self,
         rate: float = 0.2,

@@ -25,6 +25,7 @@ from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.names import named_parameters
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 # Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
 KEEP_ZEROS = {
@@ -33,7 +34,7 @@ KEEP_ZEROS = {
 }  # fmt: skip
 
 
-class MaskedTraining(L.Callback):
+class MaskedTraining(SpawnSafe):
     """Base of the callbacks that train under `self.masks` (boolean, by parameter name, True = kept).
 
     `fit_masks` are those of the present fit or the last one, also when `masks` have gone on to the next level.
@@ -61,6 +62,8 @@ class MaskedTraining(L.Callback):
             cannot be masked entry by entry.
     """
 
+    found = ("masks", "fit_masks")
+
     def __init__(self) -> None:
         self.level = 0
         self.masks: M.Masks = {}
@@ -74,6 +77,7 @@ class MaskedTraining(L.Callback):
         self._once_a_visit = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
