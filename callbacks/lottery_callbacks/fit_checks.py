@@ -65,16 +65,24 @@ def refuse_diverged(trainer: L.Trainer, module: nn.Module) -> None:
 # ---- at checkpoints
 
 
-def has_stopped(trainer: L.Trainer) -> bool:
-    """Whether the fit was told to stop for good, as EarlyStopping does; a Timer stops it until there is more time."""
+def progress(trainer: L.Trainer) -> dict[str, Any]:
+    """What Lightning's checkpoints leave out of a fit's progress, as tensors and primitives.
+
+    `stopped`: whether the fit was told to stop for good, as EarlyStopping does; a Timer stops it until there is more
+    time. `metrics`: the last ones that were logged, which EarlyStopping reads at the end of an epoch.
+    """
     remaining = [timer.time_remaining() for timer in _of_kind(trainer, (Timer,))]
-    return trainer.should_stop and not any(seconds is not None and seconds <= 0 for seconds in remaining)
+    timed_out = any(seconds is not None and seconds <= 0 for seconds in remaining)
+    metrics = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+    return {"stopped": trainer.should_stop and not timed_out, "metrics": metrics}
 
 
-def stop_again(trainer: L.Trainer) -> None:
-    """End a resumed fit that had stopped where its checkpoint was written; to be called in `on_fit_start`."""
-    trainer.should_stop = True
-    rank_zero_info(f"{trainer.ckpt_path}: the fit had been stopped there; it is finished without further training")
+def go_on(trainer: L.Trainer, state: Mapping[str, Any]) -> None:
+    """Put a resumed fit where `progress` was: one that had stopped ends at once; to be called in `on_fit_start`."""
+    trainer.callback_metrics.update(state.get("metrics", {}))
+    if state.get("stopped"):
+        trainer.should_stop = True
+        rank_zero_info(f"{trainer.ckpt_path}: the fit had been stopped there; it is finished without further training")
 
 
 def require_sparse(
@@ -111,7 +119,7 @@ def _cause(
         return f"{describe(pruners) or 'torch.nn.utils.prune'} prunes the same network: leave one of the two out"
     if any(name in held and own.get(name) is not held[name] for name in bad):
         return "it was replaced during the fit, where no step was masked: write into the parameter with copy_()"
-    if not trainer.optimizers:
+    if not stepped:  # Lightning puts a mock in its place
         return "configure_optimizers returned no optimizer, so that no step was masked: return the one that trains it"
     if averages:
         return f"{describe(averages)} averages it with weights of another mask: leave it out"

@@ -13,13 +13,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lottery_callbacks import random_state
 from lottery_callbacks.fit_checks import (
-    has_stopped,
+    go_on,
     place,
+    progress,
     refuse_diverged,
     refuse_finders,
     require_sparse,
     require_training,
-    stop_again,
 )
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
@@ -111,8 +111,7 @@ class MaskedTraining(SpawnSafe):
             )
         refuse_diverged(trainer, trainer.lightning_module)
         self._began = state.get("began", [0, 0])
-        if state.get("stopped"):
-            stop_again(trainer)
+        go_on(trainer, state)
         random_state.restore(of_this_process(trainer, state["random_states"]))
         return True
 
@@ -211,7 +210,7 @@ class MaskedTraining(SpawnSafe):
         }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["callbacks"][self.state_key]["stopped"] = has_stopped(trainer)
+        checkpoint["callbacks"][self.state_key] |= progress(trainer)
         if trainer.state.fn == "fit" and trainer.state.status == "running":  # not where an error ends the fit
             require_sparse(trainer, pl_module, self.fit_masks, self._held)
 
