@@ -49,17 +49,19 @@ def refuse_diverged(trainer: L.Trainer, module: nn.Module) -> None:
     Raises:
         ValueError: names the parameters and the checkpoint.
     """
-    trained = {
-        name: parameter
-        for name, parameter in named_parameters(module).items()
-        if parameter.requires_grad and parameter.element_size() > 1 and not isinstance(parameter, UninitializedParameter)
-    }
-    bad = [name for name, parameter in trained.items() if not bool(torch.isfinite(parameter.detach()).all())]
+    trained = {name: parameter for name, parameter in named_parameters(module).items() if parameter.requires_grad}
+    bad = [name for name, parameter in trained.items() if not _finite(parameter)]
     if bad:
         raise ValueError(
             f"{trainer.ckpt_path} holds NaN or infinity in {describe(bad)}: the run had diverged there; resume an "
             "earlier checkpoint, or remove it and train again at a lower learning rate"
         )
+
+
+def _finite(parameter: nn.Parameter) -> bool:
+    if isinstance(parameter, UninitializedParameter) or parameter.element_size() == 1:  # of 8 bits: torch cannot say
+        return True
+    return bool(torch.isfinite(parameter.detach()).all())
 
 
 # ---- at checkpoints
@@ -105,9 +107,7 @@ def require_sparse(
         raise RuntimeError(f"{error}; {_cause(trainer, module, masks, held)}") from None
 
 
-def _cause(
-    trainer: L.Trainer, module: nn.Module, masks: Mapping[str, Tensor], held: Mapping[str, nn.Parameter]
-) -> str:
+def _cause(trainer: L.Trainer, module: nn.Module, masks: Mapping[str, Tensor], held: Mapping[str, nn.Parameter]) -> str:
     own = named_parameters(module)
     bad = {name for name, mask in masks.items() if not _sparse(module, {name: mask})}
     stepped = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -114,7 +114,8 @@ class HeavyTailedNoise(SpawnSafe):
         if self._resumed:
             refuse_diverged(trainer, pl_module)
         elif trainer.ckpt_path:
-            rank_zero_warn(f"{trainer.ckpt_path} was trained without noise, which begins after step {trainer.global_step}")
+            step = trainer.global_step
+            rank_zero_warn(f"{trainer.ckpt_path} was trained without noise, which begins after step {step}")
         groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for optimizer, group in groups:
             if "lr" not in group:
@@ -222,8 +223,8 @@ class HeavyTailedNoise(SpawnSafe):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
-        own = named_parameters(pl_module)
-        gone = [name for name, parameter in zip(self.layers, self._streams, strict=True) if own.get(name) is not parameter]
+        own, noisy = named_parameters(pl_module), zip(self.layers, self._streams, strict=True)
+        gone = [name for name, parameter in noisy if own.get(name) is not parameter]
         if gone:
             raise RuntimeError(
                 f"{describe(gone)} was replaced during the fit, and had no noise from there on: write into the "

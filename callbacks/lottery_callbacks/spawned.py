@@ -1,4 +1,4 @@
-"""What a callback found under a strategy that spawns or forks its processes, brought back to the process of the user."""
+"""What a callback found under a strategy that spawns or forks processes, brought back to the process of the user."""
 
 import io
 import uuid

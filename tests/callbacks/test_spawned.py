@@ -39,7 +39,7 @@ def main(folder):
     torch.set_num_threads(1)
     imp, module = IterativeMagnitudePruning(rate=0.3, rewind="2it", run_dir=folder), Net()
     curve, density, tails = ValidationCurve(metrics=()), SparsityMonitor(), TailIndexMonitor(None, batches=0)
-    lines, levels = LinearModeConnectivity(points=3), []
+    lines, levels = LinearModeConnectivity(points=3, network="net"), []
     for level, strategy in zip(imp.levels(1), STRATEGIES, strict=True):
         L.seed_everything(level.number, verbose=False)
         fit(level.run_dir, module, [imp, curve, density, tails, lines], strategy, level.checkpoint)
