@@ -35,7 +35,7 @@ class SpawnSafe(L.Callback):
             self._identity = own
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        launcher = trainer.strategy.launcher
+        launcher = getattr(getattr(trainer, "strategy", None), "launcher", None)  # some strategies have none
         if stage != "fit" or not isinstance(launcher, _MultiProcessingLauncher):
             return
         others = launcher.get_extra_results  # of Lightning, and of other callbacks
