@@ -20,7 +20,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A file that cannot be read whole (a killed writer, a full disk) is passed over with a warning; one that holds
     weights alone is no place to resume from. Nothing is unpickled: the archive's own checksums are verified.
     """
-    for path in _newest_first(Path(folder).rglob("*.ckpt")):
+    return newest_of(Path(folder).rglob("*.ckpt"))
+
+
+def newest_of(paths: Iterable[Path]) -> Path | None:
+    """The newest of these that a fit can resume from, as `newest_checkpoint` chooses it."""
+    for path in _newest_first(paths):
         try:
             with zipfile.ZipFile(path) as archive:
                 torn = archive.testzip()

@@ -26,6 +26,7 @@ from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.names import named_parameters
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 MOST = 300  # products for the extreme eigenvalues of one matrix; 30 to 100 do as a rule
 LONG = 10.0  # seconds from which on the time is said before
@@ -66,7 +67,7 @@ class CurvatureSummary:
         return found | {f"diagonal/q{round(100 * q):02d}": v for q, v in zip(QUANTILES, self.quantiles, strict=True)}
 
 
-class CurvatureMonitor(L.Callback):
+class CurvatureMonitor(SpawnSafe):
     """At the end of each fit measures the second derivatives of the mean loss at the weights that it has trained.
 
     Of the Hessian or the GGN in eval mode, on the coordinates that the fit's masks keep and all parameters without a
@@ -100,6 +101,8 @@ class CurvatureMonitor(L.Callback):
     Raises:
         ValueError: before the first step, names what fits not: data, loss, precision, a strategy that shards.
     """
+
+    found = ("results",)
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -82,6 +82,8 @@ class EdgePopup(ScoreTraining):
         RuntimeError: the optimizer evaluates its closure several times a step (LBFGS); processes hold other masks.
     """
 
+    found = ("masks", "fit_masks", "scores", "fixed", "ticket", "step")
+
     def __init__(
         self,
         sparsity: float = 0.5,
@@ -126,10 +128,6 @@ class EdgePopup(ScoreTraining):
         for callback in callbacks if stage == "fit" else ():
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ValueError("an average over changing masks is no strong ticket: leave averaging of weights out")
-            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
-                raise ValueError(
-                    f"{type(callback).__name__} runs before there are scores: use Tuner(trainer) before the fit"
-                )
 
     @torch.no_grad()
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -242,6 +240,7 @@ class EdgePopup(ScoreTraining):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the ticket, and save it."""
+        super().on_fit_end(trainer, pl_module)
         require_agreement(trainer, self.masks)
         self.masks, self.scores, self.fixed = to_cpu(self.masks), to_cpu(self.scores), to_cpu(self.fixed)
         self.fit_masks = self.masks

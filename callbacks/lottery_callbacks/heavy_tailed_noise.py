@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lottery_callbacks.fit_checks import refuse_diverged, refuse_finders
 from lottery_callbacks.functional.alpha_stable import Kind, factors
 from lottery_callbacks.functional.noise_stream import NoiseStream
 from lottery_callbacks.functional.stable_table import StableTable
@@ -21,9 +22,10 @@ from lottery_callbacks.names import named_parameters
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.score_training import ScoreTraining
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 
-class HeavyTailedNoise(L.Callback):
+class HeavyTailedNoise(SpawnSafe):
     """Adds scale * lr^(1 / alpha) * X to weights after each optimizer step, X alpha-stable (arXiv 2306.08125).
 
     Each number of X has the characteristic function exp(-|t|^alpha); lr is the rate of the weight's parameter group in
@@ -66,8 +68,12 @@ class HeavyTailedNoise(L.Callback):
 
     Raises:
         ValueError: a bad argument; a pattern that matches nothing, or no weight left; an optimizer without `lr`; a
-            callback that trains scores (EdgePopup); a strategy that shards weights; a checkpoint of other noise.
+            callback that trains scores (EdgePopup), or trains within the fit (LearningRateFinder, BatchSizeFinder); a
+            strategy that shards weights; a checkpoint of other noise, or of a run that had diverged.
+        RuntimeError: at the end, a parameter was replaced during the fit.
     """
+
+    found = ("layers",)
 
     def __init__(
         self,
@@ -96,16 +102,23 @@ class HeavyTailedNoise(L.Callback):
         self._said = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._resumed = {}  # a checkpoint's state, if any, is loaded after this
         if stage != "fit":
             return
         refuse_sharded(trainer, "add noise")
+        refuse_finders(trainer, self)
         for callback in _callbacks(trainer):
             if isinstance(callback, ScoreTraining):
                 raise ValueError(f"{type(callback).__name__} trains scores of weights that stay: leave the noise out")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the layers and begin their noise, or go on with it: optimizers are restored, and no step is made."""
+        if self._resumed:
+            refuse_diverged(trainer, pl_module)
+        elif trainer.ckpt_path:
+            step = trainer.global_step
+            rank_zero_warn(f"{trainer.ckpt_path} was trained without noise, which begins after step {step}")
         groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
         for optimizer, group in groups:
             if "lr" not in group:
@@ -213,6 +226,13 @@ class HeavyTailedNoise(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
+        own, noisy = named_parameters(pl_module), zip(self.layers, self._streams, strict=True)
+        gone = [name for name, parameter in noisy if own.get(name) is not parameter]
+        if gone:
+            raise RuntimeError(
+                f"{describe(gone)} was replaced during the fit, and had no noise from there on: write into the "
+                "parameter with copy_()"
+            )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
@@ -225,7 +245,7 @@ class HeavyTailedNoise(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         states = [[stream.state_dict() for stream in streams] for streams in self._streams.values()]
-        return {"rule": self._rule, "streams": dict(zip(self.layers, states, strict=True))}
+        return {"rule": self._rule, "streams": dict(zip(self.layers, states, strict=bool(states)))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict

@@ -10,14 +10,14 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lottery_callbacks.apply_ticket import start_from
-from lottery_callbacks.checkpoints import newest_checkpoint
 from lottery_callbacks.fit_steps import counts_steps, last_step, steps_per_epoch
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.functional.steps import Step
+from lottery_callbacks.level_checkpoints import has_begun, newest_of_level, note_folders
 from lottery_callbacks.masked_training import require_agreement
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.module_state import require_capturable
@@ -41,8 +41,17 @@ class Level:
 
     @cached_property
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint in the folder when first asked, to resume from; None where there is none."""
-        return newest_checkpoint(self.run_dir)
+        """The newest whole checkpoint of the level when first asked, to resume from; None where there is none.
+
+        It is looked for below `run_dir`, and where an earlier fit of the level kept its checkpoints.
+        """
+        found = newest_of_level(self.run_dir)
+        if found is None and (has_begun(self.run_dir) or (self.number == 0 and self.ticket.exists())):
+            rank_zero_warn(
+                f"level {self.number} had begun and begins again: no whole checkpoint is below {self.run_dir}; to go "
+                "on from one, give the Trainer ModelCheckpoint(dirpath=level.run_dir)"
+            )
+        return found
 
 
 class IterativeMagnitudePruning(PruningCallback):
@@ -78,8 +87,11 @@ class IterativeMagnitudePruning(PruningCallback):
     Memory: one CPU copy of the module, and for k > 0 of the optimizer state.
 
     Raises:
-        ValueError: a bad argument, a rewind step beyond the run, a missing ticket; each names the mend.
+        ValueError: a bad argument, a rewind step beyond the run, a missing ticket, a `run_dir` with tickets of another
+            rule or of a level that is finished; each says what to do.
     """
+
+    found = ("ticket", "masks", "fit_masks", "level", "_yielded")
 
     def __init__(
         self,
@@ -99,6 +111,7 @@ class IterativeMagnitudePruning(PruningCallback):
         self.retrain = one_of("retrain", retrain, get_args(Retrain))
         self.seed = seed
         self.ticket: Ticket | None = None
+        self._yielded: int | None = None  # by `levels`, which has looked at what is there
 
     # ---- the loop of fits
 
@@ -117,6 +130,7 @@ class IterativeMagnitudePruning(PruningCallback):
                 rank_zero_info(f"level {number} is finished: {level.run_dir}")
                 continue
             self.select(number)
+            self._yielded = number
             yield level
 
     def _check_rule(self) -> None:
@@ -141,7 +155,7 @@ class IterativeMagnitudePruning(PruningCallback):
             self.ticket, self.masks = None, {}
         elif self.ticket is None or self.ticket.level != number:
             self._take(Ticket.load(self.ticket_path(number)))
-        self.level = number
+        self.level, self._yielded = number, None
         return self._level(number)
 
     def ticket_path(self, level: int) -> Path:
@@ -158,6 +172,10 @@ class IterativeMagnitudePruning(PruningCallback):
     # ---- one level
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._yielded != self.level and not _smoke_test(trainer):
+            self._check_rule()
+            if not self._resumed:
+                self._require_unfinished()
         require_capturable(pl_module)
         self.pruning.check(pl_module)
         if self.level:
@@ -170,6 +188,14 @@ class IterativeMagnitudePruning(PruningCallback):
             self._start_dense(trainer, pl_module)
         self.apply_masks(trainer, pl_module)
 
+    def _require_unfinished(self) -> None:
+        found = max(self.run_dir.glob("tickets/level_*.safetensors"), default=self.ticket_path(0))
+        if found > self.ticket_path(self.level):
+            raise ValueError(
+                f"level {self.level} of {self.run_dir} is finished, and training it again would replace what it found: "
+                f"{found.name} is there; go on by imp.levels(...), or choose another run_dir"
+            )
+
     def _start_dense(self, trainer: L.Trainer, module: nn.Module) -> None:
         self.masks = self.pruning.initial_masks(module)
         self.ticket = None
@@ -179,7 +205,7 @@ class IterativeMagnitudePruning(PruningCallback):
                 self.ticket = Ticket.load(self.ticket_path(0))
             return
         if not self.rewind.count:
-            self._capture(trainer, module)
+            self._take(self._rewind_ticket(trainer, module))
 
     def plan(self, module: nn.Module) -> str:
         """What is pruned and what is left out, with the reasons, for people to read."""
@@ -187,10 +213,15 @@ class IterativeMagnitudePruning(PruningCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.ticket is None and not _smoke_test(trainer):
+        if _smoke_test(trainer):
+            return
+        note_folders(trainer, self._level(self.level).run_dir)
+        if self.ticket is None:
             self._check_rewind(trainer)
             if self.rewind.count:
                 refuse_unwritable(trainer)
+        elif self.level == 0 and not self._resumed:
+            self._keep(self.ticket, trainer)  # not sooner: a fit without a batch writes nothing
 
     def _check_rewind(self, trainer: L.Trainer) -> None:
         if self.rewind.unit == "ep" and math.isinf(trainer.num_training_batches):
@@ -216,14 +247,14 @@ class IterativeMagnitudePruning(PruningCallback):
         else:
             reached = trainer.global_step >= self.rewind.count
         if reached or _smoke_test(trainer):
-            self._capture(trainer, pl_module)
+            self._keep(self._rewind_ticket(trainer, pl_module), trainer)
 
-    def _capture(self, trainer: L.Trainer, module: nn.Module) -> None:
-        ticket = Ticket(self.masks, RewindPoint.capture(trainer, module), self._provenance(0, None))
-        self._keep(ticket, trainer)
+    def _rewind_ticket(self, trainer: L.Trainer, module: nn.Module) -> Ticket:
+        return Ticket(self.masks, RewindPoint.capture(trainer, module), self._provenance(0, None))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune the trained weights and write the next ticket; the next fit of this object trains it."""
+        super().on_fit_end(trainer, pl_module)
         if self.ticket is None:
             raise ValueError(
                 f"the run ended at step {trainer.global_step}, before rewind={self.rewind}: "

@@ -30,12 +30,13 @@ from lottery_callbacks.iterative_magnitude_pruning import IterativeMagnitudePrun
 from lottery_callbacks.messages import one_of
 from lottery_callbacks.names import canonical
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 Place = str | os.PathLike[str]
 Report = Callable[[L.Trainer, Mapping[str, Line]], object]
 
 
-class LinearModeConnectivity(L.Callback):
+class LinearModeConnectivity(SpawnSafe):
     """At the end of each fit evaluates the networks on the lines from its last weights (t = 0) to others (t = 1).
 
     The others are the last weights of the level before and the given checkpoints; barrier and instability are those of
@@ -72,6 +73,8 @@ class LinearModeConnectivity(L.Callback):
             loss cannot treat or that there are none of, a network that cannot be put back, a strategy that shards.
     """
 
+    found = ("results", "_last")
+
     def __init__(
         self,
         to: Sequence[Place] | Mapping[str, Place] = (),
@@ -104,6 +107,7 @@ class LinearModeConnectivity(L.Callback):
     # ---- before the first step
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._fitting = stage == "fit"
         if self._fitting:
             refuse_sharded(trainer, "evaluate lines")

@@ -12,6 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lottery_callbacks import random_state
+from lottery_callbacks.fit_checks import (
+    go_on,
+    place,
+    progress,
+    refuse_diverged,
+    refuse_finders,
+    require_sparse,
+    require_training,
+)
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.loader_order import LoaderOrder, observe
@@ -20,6 +29,7 @@ from lottery_callbacks.names import named_parameters
 from lottery_callbacks.optimizer_state import parameter_names
 from lottery_callbacks.rewinding import resume_by_name
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 
 # Their step takes a weight of 0 with gradient 0 and state 0 to 0; tests/callbacks/test_keeps_zeros.py.
 KEEP_ZEROS = {
@@ -28,10 +38,10 @@ KEEP_ZEROS = {
 }  # fmt: skip
 
 
-class MaskedTraining(L.Callback):
+class MaskedTraining(SpawnSafe):
     """Base of the callbacks that train under `self.masks` (boolean, by parameter name, True = kept).
 
-    `fit_masks` are those of the last fit that began, also when `masks` have gone on to the next level.
+    `fit_masks` are those of the present fit or the last one, also when `masks` have gone on to the next level.
 
     A subclass sets the masks and calls `resumes` and then `apply_masks` in its `on_fit_start`. From there pruned
     weights, their gradients and their optimizer state are exactly 0 at every step: gradients are masked before
@@ -40,23 +50,32 @@ class MaskedTraining(L.Callback):
     `state_dict` keys never change.
 
     Kept in checkpoints: the masks, the random state of each process and the order of the running epoch, so that a
-    resumed fit goes on bit for bit, with the next batch of that epoch (`loader_order` says for which loaders). Sharded
-    strategies (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are applied: one
-    digest is gathered.
+    resumed fit goes on bit for bit, with the next batch of that epoch (`loader_order` says for which loaders); and
+    whether the fit had been stopped, by EarlyStopping or others: a resumed one then ends at once. Sharded strategies
+    (FSDP, DeepSpeed) are refused. Several processes compare their masks whenever these are applied: one digest is
+    gathered.
     Cost a step: two bitwise ands over the pruned tensors; in a visit of several steps one, since there the weights are
-    masked once a visit if the optimizer cannot move them (`keeps_zeros`).
+    masked once a visit if the optimizer cannot move them (`keeps_zeros`). At each checkpoint and at the end of the fit
+    the module is looked through for pruned weights that are not 0.
 
     Raises:
+        ValueError: before the first step, a callback that trains within the fit (`LearningRateFinder`,
+            `BatchSizeFinder`), or a checkpoint of a run that had diverged; at the end, a fit that has trained no step.
+        RuntimeError: at a checkpoint or at the end, a pruned weight is not 0: something wrote to it past the masks.
         RuntimeError: a process holds other masks than the first one; raised on all of them.
         RuntimeError: the optimizer keeps state of another shape than its weights (Adafactor, LBFGS), which
             cannot be masked entry by entry.
     """
+
+    found = ("masks", "fit_masks")
 
     def __init__(self) -> None:
         self.level = 0
         self.masks: M.Masks = {}
         self.fit_masks: M.Masks = {}
         self._bits: dict[nn.Parameter, Tensor] = {}
+        self._held: dict[str, nn.Parameter] = {}
+        self._began = [0, 0]  # the place where this fit began, also one that was resumed
         self._handles: list[Any] = []
         self._checked: set[Optimizer] = set()
         self._resumed: dict[str, Any] = {}
@@ -66,9 +85,12 @@ class MaskedTraining(L.Callback):
         self._said: set[str] = set()  # warnings of loaders, once for all fits
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._resumed, self._checkpoint = {}, {}  # a checkpoint's state, if any, is loaded after this
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
+            refuse_finders(trainer, self)
+            self.fit_masks, self._began = {}, [0, 0]
             self._order = observe(trainer)
             self._order.said = self._said
             callbacks: list[L.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,11 +120,16 @@ class MaskedTraining(L.Callback):
             raise ValueError(
                 f"{trainer.ckpt_path} holds another mask than the ticket: resume it with the ticket that it trains"
             )
+        refuse_diverged(trainer, trainer.lightning_module)
+        self._began = state.get("began", [0, 0])
+        go_on(trainer, state)
         observe(trainer).resume(of_this_process(trainer, state["random_states"]))
         return True
 
     def apply_masks(self, trainer: L.Trainer, module: nn.Module) -> None:
         """Begin a fit under `self.masks`."""
+        if not self._resumed:
+            self._began = place(trainer)
         self.match_optimizers(trainer, module)
         self.change_masks(trainer, module, self.masks)
 
@@ -119,11 +146,13 @@ class MaskedTraining(L.Callback):
         """
         require_agreement(trainer, masks)
         self.masks = self.fit_masks = masks
-        parameters = named_parameters(module)
-        self._bits = {
-            parameters[name]: M.as_bits(mask, parameters[name]) for name, mask in self.masks.items() if not mask.all()
-        }
+        self._hold(module)
         self._zero(trainer.optimizers)
+
+    def _hold(self, module: nn.Module) -> None:
+        parameters = named_parameters(module)
+        self._held = {name: parameters[name] for name, mask in self.masks.items() if not mask.all()}
+        self._bits = {parameter: M.as_bits(self.masks[name], parameter) for name, parameter in self._held.items()}
 
     def _zero(self, optimizers: list[Optimizer]) -> None:
         for parameter, bits in self._bits.items():
@@ -133,6 +162,7 @@ class MaskedTraining(L.Callback):
                     M.zero_pruned_(value, bits)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._hold(pl_module)  # the module's own on_fit_start may have replaced parameters
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
         self._once_a_visit = makes_visits(trainer)
         self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
@@ -174,8 +204,15 @@ class MaskedTraining(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what is no trained ticket; a subclass calls this before it makes one."""
+        require_training(trainer, self._began)
+        require_sparse(trainer, pl_module, self.fit_masks, self._held)
+        self._held = {}
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._release()
+        self._held = {}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._order = None
@@ -187,10 +224,17 @@ class MaskedTraining(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._order.state_dict() if self._order else random_state.collect()
-        return {"masks": dict(self.fit_masks), "random_states": of_all_processes(state)}
+        return {
+            "masks": dict(self.fit_masks),
+            "random_states": of_all_processes(state),
+            "began": list(self._began),
+        }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer_parameters"] = parameter_names(trainer.optimizers, pl_module)
+        checkpoint["callbacks"][self.state_key] |= progress(trainer)
+        if trainer.state.fn == "fit" and trainer.state.status == "running":  # not where an error ends the fit
+            require_sparse(trainer, pl_module, self.fit_masks, self._held)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._checkpoint = checkpoint  # Lightning restores the optimizers from it later

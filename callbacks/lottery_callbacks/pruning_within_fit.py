@@ -34,6 +34,8 @@ class PruningWithinFit(PruningCallback, ABC):
             step; epochs where their length is unknown; a checkpoint of another rule.
     """
 
+    found = ("masks", "fit_masks", "updates", "done")
+
     def __init__(self, pruning: Pruning | None, seed: int) -> None:
         super().__init__(pruning)
         if self.pruning.rates:

@@ -5,9 +5,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining, log_densities
+from lottery_callbacks.spawned import SpawnSafe
 
 
-class SparsityMonitor(L.Callback):
+class SparsityMonitor(SpawnSafe):
     """Logs what the masks of the fit keep; a monitor: it changes nothing of the run.
 
     At the start of each fit every logger gets `prune/density`, `prune/kept` and `prune/density/<parameter>`;
@@ -18,6 +19,8 @@ class SparsityMonitor(L.Callback):
         min_density: a layer that keeps this fraction or less, or a single weight, is named in a warning: signal
             hardly passes such a layer, and the network is about to collapse to chance.
     """
+
+    found = ("densities",)
 
     def __init__(self, min_density: float = 0.002) -> None:
         self.min_density = min_density

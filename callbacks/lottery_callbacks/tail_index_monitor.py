@@ -17,10 +17,11 @@ from lottery_callbacks.functional.tail_index import Estimate, centred, gradient_
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.pruning import Pruning
 from lottery_callbacks.sharding import refuse_sharded
+from lottery_callbacks.spawned import SpawnSafe
 from lottery_callbacks.undisturbed import undisturbed
 
 
-class TailIndexMonitor(L.Callback):
+class TailIndexMonitor(SpawnSafe):
     """Estimates every so often, and at the end of each fit (a level), how heavy the tails of each layer are.
 
     Loggers get, for each weight that `Pruning(exclude=...)` would prune:
@@ -53,6 +54,8 @@ class TailIndexMonitor(L.Callback):
             shards weights; the noise is asked for, and the module optimizes by hand or has several training loaders.
     """
 
+    found = ("estimates",)
+
     def __init__(self, every: str | None = "1ep", batches: int = 8, exclude: Sequence[str] = ()) -> None:
         self.every = None if every is None else Step.parse(every)
         if self.every is not None and not self.every.count:
@@ -70,6 +73,7 @@ class TailIndexMonitor(L.Callback):
         return range(distance, int(last) + 1, distance) if distance else ()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             refuse_sharded(trainer, "measure tails")
 

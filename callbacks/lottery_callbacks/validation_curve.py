@@ -5,9 +5,10 @@ from typing import Any
 import lightning.pytorch as L
 
 from lottery_callbacks.functional.early_stop import early_stop_iteration, first_iteration_reaching, lowest
+from lottery_callbacks.spawned import SpawnSafe
 
 
-class ValidationCurve(L.Callback):
+class ValidationCurve(SpawnSafe):
     """Records metrics at every validation; a monitor: it changes nothing of the run.
 
     `curve.rows` is a list of {"iteration": optimizer steps, metric: value, ...}. It is part of every checkpoint,
@@ -17,6 +18,8 @@ class ValidationCurve(L.Callback):
         loss: the logged metric to minimise.
         metrics: further logged metrics to record.
     """
+
+    found = ("rows",)
 
     def __init__(self, loss: str = "val/loss", metrics: tuple[str, ...] = ("val/acc",)) -> None:
         self.loss = loss
@@ -29,6 +32,7 @@ class ValidationCurve(L.Callback):
         return self._generate_state_key(loss=self.loss, metrics=self.metrics)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._fitting = stage == "fit"
         if self._fitting:
             self.rows = []  # a checkpoint, if any, is loaded after this

@@ -105,7 +105,7 @@ def test_no_control_touches_the_global_random_state(tmp_path, ticket, weights, m
     control = ApplyTicket(ticket, weights=weights, mask=mask, seed=5)
     module = seeded(1, Net)
     L.seed_everything(11, verbose=False)
-    quiet(tmp_path, [See(), control, See()], max_steps=1, limit_val_batches=0).fit(module, Blobs())
+    quiet(tmp_path, [See(), control, See()], max_steps=6, limit_val_batches=0).fit(module, Blobs())
     assert seen == [before, before]
 
 

@@ -80,8 +80,8 @@ REFUSED = {
     ),
     "average": (Net, EdgePopup(), [WeightAveraging()], AVERAGES),
     "swa": (Net, EdgePopup(), [StochasticWeightAveraging(0.1)], AVERAGES),
-    "rate": (Net, EdgePopup(), [LearningRateFinder()], "^LearningRateFinder runs before there are scores: use Tuner"),
-    "batch size": (Net, EdgePopup(), [BatchSizeFinder()], "^BatchSizeFinder runs before there are scores: use Tuner"),
+    "rate": (Net, EdgePopup(), [LearningRateFinder()], "^LearningRateFinder trains within the fit of EdgePopup"),
+    "batch size": (Net, EdgePopup(), [BatchSizeFinder()], "^BatchSizeFinder trains within the fit of EdgePopup"),
     "parametrized": (Parametrized, EdgePopup(), [], r"^net\.1 has parametrizations: make them permanent"),
     "norms": (WithoutNorms, EdgePopup(norms="trained"), [], "^no optimizer has some of the norms"),
 }

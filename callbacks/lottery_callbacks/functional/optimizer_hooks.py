@@ -28,20 +28,33 @@ def require_zeros(module: Parameters, masks: Mapping[str, Tensor]) -> None:
         RuntimeError: a pruned weight is other than 0 (also NaN), or a masked parameter is absent or has another
             shape; one line that names it.
     """
-    parameters = _named(module)
-    if absent := _unfit(parameters, masks):
-        raise RuntimeError(
-            f"the module has no parameter of the mask's name and shape for {describe(absent)}: "
-            "it was replaced or renamed after the mask was applied; keep the module's parameters while a ticket trains"
-        )
-    counts = [_alive(parameters[name].detach(), mask) for name, mask in masks.items()]
-    alive = torch.stack([count.to(counts[0].device) for count in counts]).tolist() if counts else []  # one copy
-    bad = [f"{name} ({count})" for name, count in zip(masks, alive, strict=True) if count]
+    bad = pruned_weights_alive(module, masks)
     if bad:
         raise RuntimeError(
-            f"pruned weights are not 0 at the end of the training: {describe(bad)}; something wrote to them past the "
-            "mask: an optimizer without hooks, a parameter replaced in training, or another pruner"
+            f"pruned weights are not 0 at the end of the training: {describe(list(bad.values()))}; something wrote to "
+            "them past the mask: an optimizer without hooks, a parameter replaced in training, or another pruner"
         )
+
+
+def pruned_weights_alive(module: Parameters, masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which masked parameters hold pruned weights other than 0 (also NaN), or are not there; with what is wrong.
+
+    -0.0 is 0. Arguments and cost are those of `require_zeros`.
+    """
+    parameters = _named(module)
+    found: dict[str, str] = {}
+    for name, mask in masks.items():
+        here = parameters.get(name)
+        if here is None or here.shape != mask.shape:
+            shape = "absent" if here is None else tuple(here.shape)
+            found[name] = f"{name} has a mask of shape {tuple(mask.shape)}, and is {shape} in the network"
+    there = [name for name in masks if name not in found]
+    counts = [_alive(parameters[name].detach(), masks[name]) for name in there]
+    alive = torch.stack([count.to(counts[0].device) for count in counts]).tolist() if counts else []  # one copy
+    for name, count in zip(there, alive, strict=True):
+        if count:
+            found[name] = f"{count} of {int((~masks[name]).sum())} pruned weights of {name} are not 0"
+    return found
 
 
 def _alive(weight: Tensor, mask: Tensor) -> Tensor:
