@@ -90,8 +90,8 @@ def _mask_source(mask: str) -> MaskSource:
         return "layerwise_random"
     if mask == "random":
         raise ValueError(
-            'mask="random" is ambiguous: choose "global_random" (as many weights anywhere in the network, what "random" '
-            'meant here) or "layerwise_random" (each layer\'s mask permuted)'
+            'mask="random" is ambiguous: choose "global_random" (as many weights anywhere in the network, what '
+            '"random" meant here) or "layerwise_random" (each layer\'s mask permuted)'
         )
     return one_of("mask", mask, get_args(MaskSource))
 

@@ -97,6 +97,7 @@ class Distill:
         self.baselines, self.network, self.making, self.training = tuple(baselines), network, making, training
         self.batch_size, self.whole, self.trials, self.seed = batch_size, whole or training, trials, seed
         self._data_seed = data.data_seed  # which runs move
+        self._unchecked: list[Runner] = []
         self.sets = Sets(data, data.preprocessing, images, model.get_submodule(network))
 
     @property
@@ -109,6 +110,10 @@ class Distill:
         self.data.prepare_data()
         self.data.setup("fit")
         self.sets.check(self.method.needs_features or bool(set(self.baselines) - {"random"}))
+        trained = ((self.whole_model, self.whole), (self.model, self.training))
+        self._unchecked = [
+            Runner(model, self.data, training, self.run_dir.name) for model, training in trained
+        ]  # whole, and one for all sets
         with (
             quick_collection(),
             ExperimentProgress(self.trials * sum(self._shares), self.training.max_steps) as progress,
@@ -174,9 +179,12 @@ class Distill:
         told = (Told(progress),)
         self.data.data_seed = self._data_seed
         if name == CEILING:
-            return Runner(self.whole_model, self.data, self.whole, self.run_dir.name, told, self.config)
-        small = DistilledDataModule(path, self.data, batch_size=self.batch_size, data_seed=self._data_seed)
-        return Runner(self.model, small, self.training, self.run_dir.name, told, self.config)
+            runner = Runner(self.whole_model, self.data, self.whole, self.run_dir.name, told, self.config)
+        else:
+            small = DistilledDataModule(path, self.data, batch_size=self.batch_size, data_seed=self._data_seed)
+            runner = Runner(self.model, small, self.training, self.run_dir.name, told, self.config)
+        runner.unchecked = self._unchecked
+        return runner
 
     def _choose(self, name: str, seed: int, trial: int, whole: Run) -> None:
         """Write the set of a baseline; all that need features at once, which are embedded once."""

@@ -14,7 +14,7 @@ from lottery_lightning.experiments.distilled_pruning_report import Row, report
 from lottery_lightning.experiments.instability import Instability, Lines
 from lottery_lightning.experiments.lottery import Lottery
 from lottery_lightning.experiments.routes import RANDOM, Route, check_routes, keep_identity, set_of
-from lottery_lightning.experiments.runs import Runner, Training, former, quick_collection, stable_seed
+from lottery_lightning.experiments.runs import Runner, Training, check_together, former, quick_collection, stable_seed
 from lottery_lightning.experiments.starts import DENSE
 from lottery_lightning.experiments.store import read_json, share_trials
 from lottery_lightning.progress import ExperimentProgress
@@ -28,8 +28,8 @@ class DistilledPruning:
     In each trial every route's lottery prunes the same initial weights up to the last of `levels`. Then the dense
     network and each route's tickets at these levels are trained on real data, `copies` times with other noise of SGD,
     beside layerwise_random: the masks of the real data's tickets (without such a route, the first one's), permuted
-    within each layer. Measured are the copies' test accuracy, the instability and the lines between them (see `Instability`), and
-    what each route's lottery consumed.
+    within each layer. Measured are the copies' test accuracy, the instability and the lines between them (see
+    `Instability`), and what each route's lottery consumed.
 
     It is `Lottery` for each route in `run_dir/<route>` and `Instability` in `run_dir/retrained`, with their folders,
     tickets and finished copies; `geometry` measures them. Finished runs are skipped on a rerun and a torn one is
@@ -128,6 +128,7 @@ class DistilledPruning:
             runners = {  # all of them before a run moves the data's seed
                 part.run_dir: part.runner(progress, f"{self.run_dir.name}-{part.run_dir.name}") for part, _ in parts
             }
+            check_together(runners.values())
             if self.stability.left:
                 self._read(runners)
             folders = [self.run_dir / f"trial_{trial}" for trial in range(self.trials)]

@@ -14,7 +14,7 @@ from lottery_callbacks import EdgePopup, Pruning
 from lottery_callbacks.functional.popup import Scope, Scores, Weights
 from lottery_callbacks.functional.steps import Step
 from lottery_lightning.experiments.edge_popup_report import Row, report
-from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
+from lottery_lightning.experiments.runs import Run, Runner, Training, check_together, dense_fit, quick_collection
 from lottery_lightning.experiments.store import share_trials
 from lottery_lightning.experiments.variants import variants
 from lottery_lightning.progress import ExperimentProgress
@@ -129,6 +129,7 @@ class EdgePopupSearch:
                 name: Runner(model, self.data, self.training, self.run_dir.name, (progress,), self.config)
                 for name, model in self.models.items()
             }
+            check_together(runners.values())
             folders = [self._trial_dir(trial) for trial in range(self.trials)]
             share_trials(folders, lambda trial: self._run_trial(trial, runners, progress), progress.console.print)
         plans = [self.plan(trial) for trial in range(self.trials)]

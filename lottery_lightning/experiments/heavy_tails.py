@@ -16,7 +16,16 @@ from lottery_lightning.experiments.compression import Row, compression_of
 from lottery_lightning.experiments.finished import weights_of
 from lottery_lightning.experiments.heavy_tails_report import report
 from lottery_lightning.experiments.hooks import FirstRate, StopAt
-from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection, stable_seed
+from lottery_lightning.experiments.needs import Needs, require_logits
+from lottery_lightning.experiments.runs import (
+    Run,
+    Runner,
+    Training,
+    check_together,
+    dense_fit,
+    quick_collection,
+    stable_seed,
+)
 from lottery_lightning.experiments.setting import Setting
 from lottery_lightning.experiments.store import read_json, share_trials, write_json
 from lottery_lightning.experiments.variants import variants
@@ -149,10 +158,12 @@ class HeavyTails:
         """Do what is not done yet, then report; a trial that another process works on is left to it."""
         runs = self.trials * len(self.arms)
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
+            needs = Needs(("val/loss", *(() if self.until is None else ("val/acc",))), batch=require_logits)
             runners = {  # all of them before the first run, which moves the data's seed
-                name: Runner(model, self.data, self.training, self.run_dir.name, (progress,), self.config)
+                name: Runner(model, self.data, self.training, self.run_dir.name, (progress,), self.config, needs)
                 for name, model in self.models.items()
             }
+            check_together(runners.values())
             folders = [self._trial_dir(trial) for trial in range(self.trials)]
             share_trials(folders, lambda trial: self._run_trial(trial, runners, progress), progress.console.print)
         runs = [(arm, run) for trial in range(self.trials) for arm, run in self.plan(trial).items()]

@@ -19,6 +19,7 @@ from lottery_callbacks.masked_training import MaskedTraining
 from lottery_callbacks.messages import one_of
 from lottery_lightning.experiments.between import Between
 from lottery_lightning.experiments.instability_report import Row, report
+from lottery_lightning.experiments.needs import Needs, require_logits
 from lottery_lightning.experiments.rewind_points import RewindPoints
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection, stable_seed
 from lottery_lightning.experiments.starts import DENSE, Start, Trial, begin, mask_of, require_weights_of
@@ -175,7 +176,8 @@ class Instability:
 
     def runner(self, progress: ExperimentProgress, name: str = "") -> Runner:
         """What does the runs of this experiment and shows them; loggers get the name, by default the folder's."""
-        return Runner(self.model, self.data, self.training, name or self.run_dir.name, (progress,), self.config)
+        name = name or self.run_dir.name
+        return Runner(self.model, self.data, self.training, name, (progress,), self.config, Needs(batch=require_logits))
 
     @property
     def config(self) -> dict[str, Any]:

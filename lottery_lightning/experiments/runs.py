@@ -6,7 +6,7 @@ import inspect
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from lottery_callbacks.apply_ticket import reinitialise
 from lottery_callbacks.functional import masks as M
 from lottery_callbacks.masked_training import MaskedTraining
 from lottery_lightning.experiments.cost import Cost
+from lottery_lightning.experiments.needs import Needs
 from lottery_lightning.experiments.store import read_json, write_json
 from lottery_lightning.loggers import Kind, close, log_ticket, make_logger
 
@@ -108,9 +109,12 @@ class Runner:
         name: str,
         callbacks: tuple[L.Callback, ...] = (),
         config: Mapping[str, Any] | None = None,
+        needs: Needs | None = None,
     ) -> None:
         self.model, self.data, self.training, self.name, self.callbacks = model, data, training, name, callbacks
         self.config = dict(config or {})  # what loggers record of the experiment, beside each run's own
+        self.needs = needs or Needs()
+        self.unchecked: list[Runner] = [self]  # what must be right before this one's next step
         self._data_seed = getattr(data, "data_seed", 0)
         training.use_threads()
 
@@ -130,13 +134,18 @@ class Runner:
             *more: further callbacks of this run.
 
         Raises:
-            ValueError: the model logs no `val/loss` or `test/acc`, or the best weights are not those of the curve.
+            ValueError: before the first run, the model or the data have not what runs need (see `Needs`); the best
+                weights are not those of the curve.
         """
         self.training.use_threads()  # another runner may have set its own
         model = self.fresh_model(seed)
         if hasattr(self.data, "data_seed"):
             self.data.data_seed = self._data_seed + seed  # pyright: ignore[reportAttributeAccessIssue]
-        L.seed_everything(stable_seed(seed, run.level, former(run.arm), run.draw), verbose=False)
+        own_seed = stable_seed(seed, run.level, former(run.arm), run.draw)
+        while self.unchecked:
+            L.seed_everything(own_seed, verbose=False)  # data that are drawn in `setup` are those of the fit
+            self.unchecked.pop(0).check(run.run_dir)
+        L.seed_everything(own_seed, verbose=False)
         folder, validate, curve = run.run_dir, ValidateEvery(self.training.val_every), ValidationCurve()
         best = ModelCheckpoint(
             folder,
@@ -187,6 +196,12 @@ class Runner:
         gc.collect()  # trainers and models hold each other: they go only when cycles are collected
         return record
 
+    def check(self, folder: Path) -> None:
+        """Refuse a model or data without what runs need, see `Needs.check`; the global random state is drawn from."""
+        options = self._options(folder)
+        one_process(L.Trainer(**options))
+        self.needs.check(self.model, self.data, options | {"logger": self.training.logger != "none"})
+
     def test(self, run: Run, model: L.LightningModule, found: Mapping[str, float]) -> float:
         """The test accuracy of the model's present weights; loggers get it with what else was found of them."""
         trainer = self._trainer(run, list(self.callbacks))
@@ -199,24 +214,33 @@ class Runner:
 
     def _trainer(self, run: Run, callbacks: list[L.Callback]) -> L.Trainer:
         group = f"{self.name}-trial_{run.trial}"
+        logger = make_logger(self.training.logger, run.run_dir, self.name, group, str(run))
+        return one_process(L.Trainer(**self._options(run.run_dir), logger=logger, callbacks=callbacks))
+
+    def _options(self, folder: Path) -> dict[str, Any]:
         options: dict[str, Any] = {
             "max_steps": self.training.max_steps,
             "max_epochs": -1,
             "num_sanity_val_steps": 0,
-            "logger": make_logger(self.training.logger, run.run_dir, self.name, group, str(run)),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "devices": 1,
-            "default_root_dir": run.run_dir,
-            "callbacks": callbacks,
+            "default_root_dir": folder,
         }
-        return one_process(L.Trainer(**options | self.training.trainer))
+        return options | self.training.trainer
 
     def _test(self, trainer: L.Trainer, model: L.LightningModule, checkpoint: Path | None = None) -> float:
         (metrics,) = trainer.test(model, self.data, ckpt_path=checkpoint, verbose=False)
         if "test/acc" not in metrics:
             raise ValueError(f"the model logs no 'test/acc' in test_step: it logs {', '.join(metrics) or 'nothing'}")
         return float(metrics["test/acc"])
+
+
+def check_together(runners: Iterable[Runner]) -> None:
+    """Have the first run of any of them check all, before its first step."""
+    unchecked = list(runners)
+    for runner in unchecked:
+        runner.unchecked = unchecked
 
 
 def dense_fit(model: L.LightningModule, seed: int) -> ApplyTicket:

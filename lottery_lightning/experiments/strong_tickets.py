@@ -14,6 +14,7 @@ from lottery_callbacks.functional.strong_edges import Inputs, Split
 from lottery_callbacks.messages import describe
 from lottery_callbacks.strong_file import save_strong_ticket
 from lottery_callbacks.strong_network import StrongNetwork, strong_network
+from lottery_lightning.experiments.needs import Needs
 from lottery_lightning.experiments.runs import Training, stable_seed
 from lottery_lightning.experiments.store import write_csv
 from lottery_lightning.experiments.strong_tickets_report import report
@@ -89,7 +90,7 @@ class StrongTickets:
             known = describe([name for name, _ in model.named_children()])
             raise ValueError(f"network={network!r} is no submodule of {type(model).__name__}: there are {known}")
         chain_of(model.get_submodule(network))  # names a layer that cannot be treated
-        self.targets = Targets(model, data, Path(run_dir), trials, training, seed)
+        self.targets = Targets(model, data, Path(run_dir), trials, training, seed, Needs(batch=self._check_inputs))
         self.run_dir, self.network, self.search_steps = Path(run_dir), network, search_steps
         self.options: dict[str, Any] = {"split": split, "inputs": inputs}
         self.miss = min(tolerances, default=0.01)
@@ -145,10 +146,14 @@ class StrongTickets:
         data = work.runner.data
         data.prepare_data()
         data.setup("test")
-        inputs, *_ = next(iter(data.test_dataloader()))
+        batch = next(iter(data.test_dataloader()))
+        self._check_inputs(work.model, batch)
+        return batch[0].shape[1:]
+
+    def _check_inputs(self, module: L.LightningModule, batch: Any) -> None:
+        inputs, *_ = batch
         if self.options["inputs"] == "nonnegative" and (inputs < 0).any():
             raise ValueError("inputs='nonnegative', but the data have values below 0: leave it 'any'")
-        return inputs.shape[1:]
 
 
 def problems_of(ticket: StrongNetwork, limit: float) -> Iterator[Row]:

@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import torch
 
 from lottery_callbacks import Pruning
+from lottery_lightning.experiments.needs import Needs
 from lottery_lightning.experiments.runs import Run, Runner, Training, dense_fit, quick_collection
 from lottery_lightning.experiments.store import share_trials, write_json
 from lottery_lightning.progress import ExperimentProgress
@@ -48,6 +49,7 @@ class Targets:
         trials: number of trials; trial t has seed `seed + t`.
         training: how the network is trained; its last weights are the target.
         seed: of the first trial.
+        needs: what is checked before the first training.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class Targets:
         trials: int,
         training: Training,
         seed: int,
+        needs: Needs | None = None,
     ) -> None:
         if trials < 1:
             raise ValueError(f"trials={trials}: an experiment has at least one")
         if not Pruning().prunable(model):
             raise ValueError(f"{type(model).__name__} has no weight matrix: nothing is to be approximated")
         self.model, self.data, self.run_dir = model, data, run_dir
-        self.trials, self.training, self.seed = trials, training, seed
+        self.trials, self.training, self.seed, self.needs = trials, training, seed, needs
 
     def run(self, arms: Mapping[str, Callable[[Work], Row]], config: Mapping[str, Any], share: float) -> list[Row]:
         """Do what is not done yet; a row of each arm of each trial, none while another process works on some.
@@ -80,7 +83,8 @@ class Targets:
             raise ValueError(f"{', '.join(arms)}: two of them share a folder")
         runs = self.trials * (1 + share * len(arms))
         with quick_collection(), ExperimentProgress(runs, self.training.max_steps) as progress:
-            runner = Runner(self.model, self.data, self.training, self.run_dir.name, (progress,), config)
+            name = self.run_dir.name
+            runner = Runner(self.model, self.data, self.training, name, (progress,), config, self.needs)
             share_trials(
                 [self._trial_dir(trial) for trial in range(self.trials)],
                 lambda trial: self._run_trial(trial, arms, share, runner, progress),

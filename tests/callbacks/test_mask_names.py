@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from stranger import Net, seeded
-from test_controls import ticket_of
+from stranger import Net, seeded, ticket_of
 
 from lottery_callbacks import ApplyTicket
 from lottery_callbacks.functional import masks as M
