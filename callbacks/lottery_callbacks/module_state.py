@@ -37,7 +37,8 @@ def require_capturable(module: nn.Module) -> None:
     """
     parameters = named_parameters(module)
     lazy = [name for name, tensor in (parameters | named_buffers(module)).items() if is_lazy(tensor)]
-    _refuse(lazy, "not initialized yet", "run the module on one batch before the fit")
+    if lazy:
+        raise ValueError(f"{describe(lazy)} have no shape yet: run the module on one batch before the fit")
     made = [name for name, parameter in parameters.items() if parameter.is_inference()]
     _refuse(made, "made in inference mode", "build the module outside torch.inference_mode()")
     state = parameters | persistent_buffers(module)

@@ -309,9 +309,10 @@ def test_edge_popup_scores_a_lookup_with_sparse_gradients_as_one_with_dense_ones
     assert M.digest(searches[True].masks) == M.digest(searches[False].masks)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("score", ["magnitude", "gradient"])
-def test_complex_matrices_are_pruned_by_their_size_and_held_at_zero(tmp_path, dtype, score):
+def test_complex_matrices_are_pruned_by_their_size_and_held_at_zero(tmp_path, score):
+    dtype = torch.complex64  # a ticket file holds no complex128, which is refused by name
+
     class Spectral(nn.Module):
         def __init__(self):
             super().__init__()

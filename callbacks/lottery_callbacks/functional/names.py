@@ -58,7 +58,7 @@ def canonical(name: str, module: nn.Module | None = None) -> str:
             part = part._modules[attributes[-1]]  # activation checkpointing and Fabric hide the segment
         if part is None or segment not in _attributes(part):
             kept.append(segment)
-        part = part._modules.get(segment) if part is not None else None
+        part = dict(part.named_children()).get(segment) if part is not None else None  # also of scripted modules
     return ".".join(kept)
 
 
