@@ -23,7 +23,7 @@ from lottery_callbacks.names import named_parameters, owners
 from lottery_callbacks.plan import with_reasons
 from lottery_callbacks.prunable import is_norm, places, require_values
 from lottery_callbacks.pruning import Pruning
-from lottery_callbacks.rewinding import RewindPoint, snapshot, to_cpu
+from lottery_callbacks.rewinding import RewindPoint, to_cpu
 from lottery_callbacks.score_training import ScoreTraining
 from lottery_callbacks.ticket import Ticket
 
@@ -245,7 +245,9 @@ class EdgePopup(ScoreTraining):
         self.masks, self.scores, self.fixed = to_cpu(self.masks), to_cpu(self.scores), to_cpu(self.fixed)
         self.fit_masks = self.masks
         provenance = {"level": 1, "method": "edge-popup", "torch": torch.__version__} | self.rule
-        self.ticket = Ticket(self.masks, RewindPoint(0, snapshot(pl_module) | self.fixed), provenance)
+        ended = RewindPoint.of(pl_module)
+        rewind = RewindPoint(0, ended.tensors | self.fixed, ended.training)
+        self.ticket = Ticket(self.masks, rewind, provenance)
         if self.path is not None and trainer.is_global_zero and not _smoke_test(trainer):
             self.ticket.save(self.path)
 

@@ -23,6 +23,7 @@ from lottery_callbacks.fit_checks import (
 )
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
+from lottery_callbacks.functional.optimizer_hooks import elementwise_state
 from lottery_callbacks.loader_order import LoaderOrder, observe
 from lottery_callbacks.module_state import require_capturable
 from lottery_callbacks.names import named_parameters
@@ -302,19 +303,3 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
     eps = min(group.get("eps", 1) for group in optimizer.param_groups)
     hooks = len(optimizer._optimizer_step_post_hooks) <= 1 and not _global_optimizer_post_hooks
     return type(optimizer) in KEEP_ZEROS and hooks and eps > 0
-
-
-def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    """The optimizer's tensors of the parameter's own shape; scalars (step counts) are left out.
-
-    Raises:
-        RuntimeError: the state has any other shape.
-    """
-    values = optimizer.state[parameter].values() if parameter in optimizer.state else ()
-    tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
-    if any(value.shape != parameter.shape for value in tensors) or any(isinstance(value, list) for value in values):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} keeps state of another shape than its weights, which no mask can hold at "
-            "zero: train tickets with SGD, Adam, AdamW or another element-wise optimizer"
-        )
-    return tensors
