@@ -82,6 +82,11 @@ class ResumeCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or getattr(trainer, "fast_dev_run", False):
             return
+        if trainer.fit_loop._should_accumulate():
+            rank_zero_warn(
+                "a validation falls between the batches of one optimizer step, and a checkpoint holds no gradients: a "
+                "fit resumed there is not exact; let val_check_interval be a multiple of accumulate_grad_batches"
+            )
         due = trainer.strategy.broadcast(time.monotonic() - self._written_at >= self.seconds)
         if not due:
             return

@@ -86,6 +86,8 @@ def checked(score: Score, found: Any, masks: Masks) -> Tensors:
         value = found[name]
         if not isinstance(value, Tensor):
             raise ValueError(f"score {title(score)} gives a {type(value).__name__} for {name}: give a tensor")
+        if value.layout != torch.strided:
+            raise ValueError(f"score {title(score)} gives a {value.layout} tensor for {name}: return its to_dense()")
         if value.shape != mask.shape:
             own, shape = tuple(value.shape), tuple(mask.shape)
             raise ValueError(f"score {title(score)} has the shape {own} for {name}: give it the weight's, {shape}")

@@ -75,7 +75,10 @@ def progress(trainer: L.Trainer) -> dict[str, Any]:
     """
     remaining = [timer.time_remaining() for timer in _of_kind(trainer, (Timer,))]
     timed_out = any(seconds is not None and seconds <= 0 for seconds in remaining)
-    metrics = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+    logged = trainer.callback_metrics.items()  # a module may put numbers of its own there
+    metrics = {
+        name: torch.as_tensor(v).detach().cpu().clone() for name, v in logged if isinstance(v, Tensor | float | int)
+    }
     return {"stopped": trainer.should_stop and not timed_out, "metrics": metrics}
 
 
@@ -146,7 +149,8 @@ def require_training(trainer: L.Trainer, began: list[int]) -> None:
         ValueError: says that nothing was trained, and why.
     """
     step, batch = place(trainer)
-    if step > began[0] or (batch > began[1] and not counts_steps(trainer)):
+    smoke_test = getattr(trainer, "fast_dev_run", False)  # writes nothing, and a level may begin at its end
+    if smoke_test or step > began[0] or (batch > began[1] and not counts_steps(trainer)):
         return
     loop = trainer.fit_loop
     if trainer.limit_train_batches == 0:
@@ -158,6 +162,19 @@ def require_training(trainer: L.Trainer, began: list[int]) -> None:
     else:
         why = "no batch led to an optimizer step: look at the training loader, and at what training_step returns"
     raise ValueError(f"nothing was trained, and nothing is written: {why}")
+
+
+def refuse_pruners(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Refuse Lightning's `ModelPruning`, which prunes the same network under masks of its own; to be called in `setup`.
+
+    Raises:
+        ValueError: names it, and what to do.
+    """
+    if pruners := _of_kind(trainer, (ModelPruning,)):
+        raise ValueError(
+            f"{type(pruners[0]).__name__} prunes the same network as {type(callback).__name__}, so that no density "
+            "would be the network's: leave one of the two out"
+        )
 
 
 def _of_kind(trainer: L.Trainer, kinds: tuple[type, ...]) -> list[Any]:

@@ -15,11 +15,12 @@ since the workers' own random state is not known here; at an epoch's end they ar
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as L
@@ -37,8 +38,8 @@ class LoaderOrder:
     """The order of the training loaders of one Trainer; made by `observe`, one for all callbacks.
 
     Attributes:
-        drawn: the random states from which the present epoch's order was drawn: "iter", before its iterators were
-            made, and "first", before its first batch was asked for, where loaders without workers draw; "kept" says
+        drawn: the random states from which the present epoch's order was drawn, by loader: "iter", before its iterator
+            was made, and "first", before its first batch was asked for, where loaders without workers draw; "kept" says
             which loaders keep their workers from the epoch before.
     """
 
@@ -48,14 +49,15 @@ class LoaderOrder:
         self._resumed: dict[str, Any] | None = None  # a checkpoint's random state, until the first epoch begins
         self._is_resumed = False
         self._saved: dict[str, Any] | None = None  # `drawn` of the epoch in which the fit goes on, until it does
-        self._waits = False  # for the first batch of an epoch
         self.said: set[str] = set()  # replaced by one that outlives the Trainer, where there is one
 
     # ---- what callbacks use
 
     def state_dict(self) -> dict[str, Any]:
         """The random state of this process now, with the order of the running epoch, as tensors and primitives."""
-        return collect(self._loaders()) | {"order": dict(self.drawn)}
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
+        ended = progress.is_last_batch and progress.current.processed >= progress.current.ready
+        return collect(self._loaders()) | {"order": {} if ended else dict(self.drawn)}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state_dict`; call from `on_fit_start`.
@@ -84,18 +86,27 @@ class LoaderOrder:
         combined = self._trainer.fit_loop._combined_loader
         return [] if combined is None else combined.flattened
 
-    def begin_drawing(self) -> None:
-        """Before the iterators of an epoch are made."""
-        self._waits = any(map(indexed, self._loaders()))
-        loaders = self._loaders()
+    def make_iterators(self, combined: CombinedLoader, make: Callable[[], Any]) -> None:
+        """Have the iterators of an epoch made, each loader's after a look at the random state."""
+        loaders = combined.flattened
+        if not any(map(indexed, loaders)):
+            self.drawn = {}
+            make()
+            return
         kept = [getattr(loader, "_iterator", None) is not None for loader in loaders]  # draw nothing for workers
-        self.drawn = {"iter": collect(loaders), "kept": kept} if self._waits else {}
+        self.drawn = {"iter": [None] * len(loaders), "first": [None] * len(loaders), "kept": kept}
+        combined._flattened = [
+            _Watched(loader, partial(self._note, self.drawn, place)) for place, loader in enumerate(loaders)
+        ]
+        try:
+            make()
+        finally:
+            combined._flattened = loaders
+        assert combined._iterator is not None
+        combined._iterator.iterables = loaders
 
-    def before_batch(self) -> None:
-        """Before each batch; the first one is where loaders without workers draw."""
-        if self._waits:
-            self._waits = False
-            self.drawn.setdefault("first", collect(self._loaders()))
+    def _note(self, drawn: dict[str, Any], place: int, when: str, loader: Any) -> None:
+        drawn[when][place] = collect([loader])
 
     def before_epoch(self) -> None:
         """At the start of each epoch, before its hooks."""
@@ -105,38 +116,49 @@ class LoaderOrder:
 
     def after_iterators(self, fetcher: Any, setup: Any) -> None:
         """Before the first batch of an epoch; `setup` is the iterator in use before Lightning may have made another."""
-        done = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if self._saved is None or (done and done >= self._trainer.num_training_batches):
+        progress, batches = self._trainer.fit_loop.epoch_loop.batch_progress, self._trainer.num_training_batches
+        done = progress.current.ready
+        if self._saved is None or (done and (done >= batches or (progress.is_last_batch and math.isinf(batches)))):
             return  # a fit from the start, or one that only finishes an epoch
         saved, self._saved = self._saved, None
         loaders, combined = self._loaders(), self._trainer.fit_loop._combined_loader
         assert combined is not None
         if done:
             self._warn(done, saved)
-            if saved and any(map(indexed, loaders)):
-                self._continue(combined, saved, done)
-        elif self._is_resumed and combined._iterator is setup and not any(map(keeps_position, loaders)):
+        if (done or self._is_resumed) and saved and any(map(indexed, loaders)):  # the epoch had begun
+            self._continue(combined, saved, done)
+        elif not done and self._is_resumed and combined._iterator is setup and not any(map(keeps_position, loaders)):
             iter(fetcher)  # Lightning would use the iterator that it made before the hooks of this epoch
 
     def _continue(self, combined: CombinedLoader, drawn: dict[str, Any], done: int) -> None:
         """Put iterators in place that go on after `done` batches of the order that was `drawn`."""
         loaders, iterator = combined.flattened, combined._iterator
         assert iterator is not None
-        with positioned(drawn["iter"], loaders, put_back=self._is_resumed):
-            for place, loader in enumerate(loaders):
-                if indexed(loader):
-                    first = drawn["iter"] if drawn["kept"][place] else None if loader.num_workers else drawn["first"]
-                    own = first and first | {"generators": first["generators"][place : place + 1]}
-                    rest = _skipping(loader, done, own, put_back=self._is_resumed)
-                    iterator.iterators[place] = iter(rest)
-                    loader._iterator = rest._iterator  # that of persistent workers
+        for place, loader in enumerate(loaders):
+            if not indexed(loader):
+                continue
+            begun, first = drawn["iter"][place], drawn["first"][place]
+            with positioned(begun, [loader], put_back=self._is_resumed):
+                at = begun if drawn["kept"][place] else None if loader.num_workers else first
+                rest = _skipping(loader, done, at, put_back=self._is_resumed)
+                iterator.iterators[place] = iter(rest)
+                loader._iterator = rest._iterator  # that of persistent workers
         iterator._idx = done
         self.drawn = dict(drawn)
 
+    def warn_of_validation(self, step: int, left_out: str) -> None:
+        """Say that a resumed fit leaves out what was due right after its checkpoint."""
+        if self._is_resumed and self._saved is not None:
+            self._say(
+                f"the checkpoint of step {step} was written before {left_out}, which the resumed fit leaves out: write "
+                "checkpoints at other steps (ModelCheckpoint(every_n_train_steps=...)), or use ResumeCheckpoint"
+            )
+
     def _warn(self, done: int, drawn: dict[str, Any] | None = None) -> None:
         """Say once, where the loaders cannot go on after `done` batches of an epoch, what differs."""
-        loaders = self._loaders()
-        reasons = [why for one in loaders if (why := reason_to_stop(one, done, others=len(loaders) > 1))]
+        loaders, combined = self._loaders(), self._trainer.fit_loop._combined_loader
+        cycles = len(loaders) > 1 and combined is not None and combined._mode == "max_size_cycle"
+        reasons = [why for one in loaders if (why := reason_to_stop(one, done, cycles))]
         if drawn is not None and not drawn and not reasons and any(map(indexed, loaders)):
             reasons = ["the checkpoint or rewind point does not hold the order of its epoch"]
         if reasons and reasons[0] not in self.said:
@@ -146,6 +168,11 @@ class LoaderOrder:
                 "or rewound there sees other batches than an unbroken one. Resume or rewind at the end of an epoch "
                 '(rewind="1ep"), or use a loader with state_dict and load_state_dict'
             )
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            rank_zero_warn(line)
 
 
 def observe(trainer: L.Trainer) -> LoaderOrder:
@@ -173,11 +200,17 @@ def observe(trainer: L.Trainer) -> LoaderOrder:
     def quiet_reset() -> None:  # Lightning's own warning would be wrong here, or said twice
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=LIGHTNING_WARNING)
+            ended = loop.epoch_loop.batch_progress.is_last_batch
             reset()
+            if loop.epoch_loop.restarted_on_train_batch_end and ended:
+                order.warn_of_validation(trainer.global_step, "the end of its epoch")
 
     def begin_epoch(fetcher: Any) -> None:
         setup = loop._combined_loader._iterator
         on_run_start(fetcher)
+        epoch = loop.epoch_loop
+        if epoch.restarting and epoch.restarted_on_train_batch_end and epoch._should_check_val_fx(fetcher):
+            order.warn_of_validation(trainer.global_step, "the validation of that step")
         order.after_iterators(fetcher, setup)
 
     loop.setup_data, loop._load_combined_loader_states = before_epoch, observed
@@ -192,14 +225,26 @@ def _observed(kind: type[CombinedLoader], order: LoaderOrder) -> type[CombinedLo
         observed = True
 
         def __iter__(self) -> Any:
-            order.begin_drawing()
-            return super().__iter__()
-
-        def __next__(self) -> Any:
-            order.before_batch()
-            return super().__next__()
+            order.make_iterators(self, super().__iter__)
+            return self
 
     return Observed
+
+
+class _Watched:
+    """A loader that calls `note` before its iterator is made, and before the first batch."""
+
+    def __init__(self, loader: Any, note: Callable[[str, Any], None]) -> None:
+        self.loader = loader
+        self.note = note
+
+    def __iter__(self) -> Iterator[Any]:
+        self.note("iter", self.loader)
+        return self._batches(iter(self.loader))
+
+    def _batches(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        self.note("first", self.loader)
+        yield from iterator
 
 
 class _Skipping:
@@ -209,17 +254,17 @@ class _Skipping:
         self.sampler = sampler
         self.count = count
         self.first = first
+        self.passes = 0
 
     def __iter__(self) -> Iterator[Any]:
-        count, self.count = self.count, 0
-        if not count:
+        self.passes += 1
+        if self.passes > 1:
             yield from self.sampler
             return
         with self.first():
             indices = iter(self.sampler)
-            for _ in islice(indices, count):
-                pass
-        yield from indices
+            done = list(islice(indices, self.count or 1))
+        yield from indices if self.count else chain(done, indices)  # where none is skipped, the order is drawn by one
 
 
 def _skipping(loader: DataLoader, count: int, first: dict[str, Any] | None, put_back: bool) -> DataLoader:

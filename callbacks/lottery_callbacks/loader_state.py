@@ -25,7 +25,7 @@ def indexed(loader: Any) -> bool:
     return ordinary and not isinstance(loader.dataset, IterableDataset)
 
 
-def reason_to_stop(loader: Any, done: int, others: bool) -> str | None:
+def reason_to_stop(loader: Any, done: int, cycles: bool) -> str | None:
     """Why `loader` cannot go on after `done` batches of an epoch; None where it can."""
     if keeps_position(loader):
         return None
@@ -33,7 +33,7 @@ def reason_to_stop(loader: Any, done: int, others: bool) -> str | None:
         return f"{type(loader).__name__} is not a DataLoader and has no state_dict"
     if not indexed(loader):
         return f"its data set {type(loader.dataset).__name__} is iterable and keeps no position"
-    if others and done >= len(loader):
+    if cycles and done > len(loader):
         return "a shorter loader beside it has begun again within the epoch"
     unknown = [part for part in _samplers(loader) if not type(part).__module__.startswith(KNOWN_SAMPLERS)]
     if unknown and not _repeats(loader):

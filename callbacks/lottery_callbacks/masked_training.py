@@ -18,12 +18,13 @@ from lottery_callbacks.fit_checks import (
     progress,
     refuse_diverged,
     refuse_finders,
+    refuse_pruners,
     require_sparse,
     require_training,
 )
 from lottery_callbacks.fit_steps import makes_visits
 from lottery_callbacks.functional import masks as M
-from lottery_callbacks.functional.optimizer_hooks import elementwise_state
+from lottery_callbacks.functional.optimizer_hooks import elementwise_state, not_elementwise
 from lottery_callbacks.loader_order import LoaderOrder, observe
 from lottery_callbacks.module_state import require_capturable
 from lottery_callbacks.names import named_parameters
@@ -91,6 +92,7 @@ class MaskedTraining(SpawnSafe):
         if stage == "fit":
             refuse_sharded(trainer, "train tickets")
             refuse_finders(trainer, self)
+            refuse_pruners(trainer, self)
             self.fit_masks, self._began = {}, [0, 0]
             self._order = observe(trainer)
             self._order.said = self._said
@@ -163,6 +165,9 @@ class MaskedTraining(SpawnSafe):
                     M.zero_pruned_(value, bits)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, optim.LBFGS | optim.Adafactor):  # others are known by their state, after a step
+                raise RuntimeError(not_elementwise(optimizer))
         self._hold(pl_module)  # the module's own on_fit_start may have replaced parameters
         self._zero(trainer.optimizers)  # Lightning restores optimizer state after on_fit_start
         self._once_a_visit = makes_visits(trainer)

@@ -21,7 +21,7 @@ CHECKPOINT = ("the checkpoint", "resume it with those that it was trained with, 
 OF_PARAMETERS = {"params", "param_names"}  # of a group; its other entries are hyperparameters
 # Entries of a scheduler's state with one item a parameter group, and lists that have nothing to do with groups
 OF_GROUPS = {"base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums"}
-OF_SCHEDULERS = {"_schedulers", "_milestones", "milestones"}
+OF_SCHEDULERS = {"_schedulers", "_milestones", "milestones", "_schedule_phases"}
 
 
 def parameter_names(optimizers: Sequence[Optimizer], module: nn.Module) -> list[Groups]:

@@ -94,7 +94,7 @@ def _dimension(dim: int, parameter: nn.Parameter) -> int:
 
 def cannot_be_pruned(parameter: nn.Parameter, held: Iterable[Place]) -> str | None:
     """Why no mask can hold `parameter`, whatever is asked for; None where one can."""
-    if isinstance(parameter, UninitializedParameter) or parameter.is_meta:
+    if isinstance(parameter, UninitializedParameter):
         return "no values yet"
     if hasattr(parameter, "__tensor_flatten__"):
         return f"{type(parameter).__name__}, a wrapper of tensors"

@@ -93,6 +93,8 @@ class Pruning:
     ) -> None:
         if isinstance(score, str) and score not in SCORES:
             raise ValueError(f"score={score!r} is not known: choose one of {', '.join(SCORES)}, or give a function")
+        if not callable(score) and not isinstance(score, str):
+            raise ValueError(f"score={score!r} is neither a name nor a function: choose one of {', '.join(SCORES)}")
         for name, rate in (rates or {}).items():
             if not 0 <= rate < 1:
                 raise ValueError(f"the rate of {name!r} is {rate}: a rate lies in [0, 1), 0 leaves the layer dense")
@@ -229,7 +231,11 @@ class Pruning:
     def scores(self, evidence: Evidence, masks: Masks) -> Tensors:
         """The score of every weight that has a mask, beside that mask."""
         seen = replace(evidence, weights={name: evidence.weights[name] for name in masks})
+        versions = {name: weight._version for name, weight in seen.weights.items()}
         scores = self._score(seen, **self.score_options)
+        written = [name for name, weight in seen.weights.items() if weight._version != versions[name]]
+        if written and not isinstance(self.score, str):
+            raise ValueError(f"score {self} wrote into the weights of {describe(written)}: let it work on copies")
         if not isinstance(self.score, str):
             scores = checked(self.score, scores, masks)
         if numbers := [name for name in masks if scores[name].is_complex()]:

@@ -186,11 +186,20 @@ def resume_by_name(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, 
     Raises:
         ValueError: the fit has other optimizers, schedulers, parameters or groups.
     """
-    if names := checkpoint.get("optimizer_parameters"):
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-        states = states_by_name(trainer.optimizers, schedulers, module, *saved, names, CHECKPOINT)
-        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = states
+    names = checkpoint.get("optimizer_parameters")
+    if not names or (averages_weights(trainer) and names == parameter_names(trainer.optimizers, module)):
+        return
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    saved = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    states = states_by_name(trainer.optimizers, schedulers, module, *saved, names, CHECKPOINT)
+    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = states
+
+
+def averages_weights(trainer: L.Trainer) -> bool:
+    """Whether stochastic weight averaging puts a scheduler of its own into the fit, which Lightning then restores."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    return any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _load_loops(trainer: L.Trainer, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import random
 import lightning.pytorch as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from stranger import Interrupted, StopAt, quiet
 from torch import nn
 from torch.utils.data import (
@@ -126,6 +126,11 @@ LOADERS = {  # 8 batches an epoch
         data, 5, shuffle=True, num_workers=2, generator=seeded_generator()
     ),
     "persistent workers": lambda data: DataLoader(data, 5, shuffle=True, num_workers=2, persistent_workers=True),
+    "two shuffled": lambda data: {"a": DataLoader(data, 5, shuffle=True), "b": DataLoader(data, 5, shuffle=True)},
+    "two with persistent workers": lambda data: {
+        "a": DataLoader(data, 5, shuffle=True, num_workers=1, persistent_workers=True),
+        "b": DataLoader(data, 5, shuffle=True, num_workers=1, persistent_workers=True),
+    },
     "two generators": lambda data: {
         "a": DataLoader(data, 5, sampler=RandomSampler(data, replacement=True, generator=seeded_generator())),
         "b": DataLoader(data, 5, sampler=RandomSampler(data, replacement=True, generator=seeded_generator())),
@@ -147,6 +152,12 @@ KEEPERS = {
     "model, epoch ends": (
         lambda f: ModelCheckpoint(f, save_top_k=-1, save_on_train_epoch_end=True),
         {"max_steps": 30, "max_epochs": 9},
+    ),
+    "model, each 8": (lambda f: ModelCheckpoint(f, every_n_train_steps=8, save_top_k=-1), {"max_epochs": 4}),
+    "on exception": (lambda f: OnExceptionCheckpoint(f), {"max_epochs": 4}),
+    "resume, accumulated": (
+        lambda f: ResumeCheckpoint(f, 0),
+        {"max_epochs": 1, "val_check_interval": 3, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2},
     ),
     "model, with validations": (
         lambda f: ModelCheckpoint(f, every_n_train_steps=3, save_top_k=-1),

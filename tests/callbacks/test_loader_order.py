@@ -21,7 +21,7 @@ def test_a_torn_fit_sees_the_batches_and_ends_in_the_bits_of_an_unbroken_one(tmp
     [("resume, each epoch", 9), ("resume, each epoch", 16), ("model, each epoch", 20), ("model, epoch ends", 16)],
 )
 @pytest.mark.parametrize(
-    "loader", ["shuffled", "generator", "numpy generator", "an iterable of one's own", "two generators"]
+    "loader", ["shuffled", "generator", "numpy generator", "an iterable of one's own", "two shuffled"]
 )
 def test_a_fit_torn_after_an_epoch_draws_the_next_order_as_an_unbroken_one(tmp_path, loader, keeper, step):
     whole, resumed, _ = torn(tmp_path, loader, keeper, step)
@@ -56,6 +56,15 @@ def test_a_fit_torn_twice_in_one_epoch_goes_on_twice(tmp_path):
     assert bits(resumed) == bits(whole)
 
 
+@pytest.mark.parametrize("loader", ["shuffled", "generator", "two shuffled", "workers"])
+@pytest.mark.parametrize("step", [8, 11])
+def test_a_fit_that_failed_in_a_batch_repeats_that_batch(tmp_path, loader, step):
+    whole, resumed, _ = torn(tmp_path, loader, "on exception", step, "on_train_batch_start")
+    assert resumed.seen == whole.seen[-len(resumed.seen) :]
+    assert len(resumed.seen) == len(whole.seen) * (32 - step) // 32
+    assert bits(resumed) == bits(whole)
+
+
 # ---- validation at the step of a checkpoint
 
 
@@ -64,3 +73,20 @@ def test_a_fit_torn_inside_a_validation_repeats_or_finishes_it(tmp_path, hook):
     whole, resumed, _ = torn(tmp_path, "shuffled", "model, with validations", 12, hook)
     assert resumed.seen == whole.seen[12:]
     assert bits(resumed) == bits(whole)
+
+
+@pytest.mark.parametrize(
+    ("keeper", "step", "hook", "left_out"),
+    [
+        ("model, with validations", 12, "on_validation_start", "the validation of that step"),
+        ("model, each 8", 9, "on_train_batch_end", "the end of its epoch"),
+    ],
+)
+def test_what_a_checkpoint_leaves_out_is_said(tmp_path, keeper, step, hook, left_out):
+    with pytest.warns(UserWarning, match=f"was written before {left_out}.*or use ResumeCheckpoint"):
+        torn(tmp_path, "shuffled", keeper, step, hook)
+
+
+def test_a_checkpoint_between_the_batches_of_one_step_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="between the batches of one optimizer step"):
+        fit(tmp_path, "shuffled", "resume, accumulated")

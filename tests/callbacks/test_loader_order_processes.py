@@ -59,6 +59,8 @@ def level(folder, run_dir, number, *callbacks, seed=0):
     """One level of a lottery whose rewind point lies inside an epoch, on two ranks with a part of the data each."""
     imp = IterativeMagnitudePruning(rewind="3it", run_dir=run_dir)
     imp.select(number)
+    if number and os.environ.get("LOCAL_RANK", "0") == "0":
+        imp.ticket_path(2).unlink(missing_ok=True)  # of the fit before: a finished level is refused
     keeper = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1)
     trainer = quiet(
         folder, [imp, *callbacks, keeper], max_epochs=4, strategy="ddp", devices=2, enable_checkpointing=True

@@ -56,6 +56,7 @@ def test_a_rewound_level_that_is_torn_in_the_epoch_of_step_k_goes_on_there(tmp_p
     def level_one(folder, *callbacks):
         L.seed_everything(11, verbose=False)
         module, imp = Module(), IterativeMagnitudePruning(rewind="3it", run_dir=tmp_path)
+        imp.ticket_path(2).unlink(missing_ok=True)
         level = imp.select(1)
         keeper = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
         trainer = quiet(folder, [imp, *callbacks, keeper], enable_checkpointing=True, max_epochs=3)

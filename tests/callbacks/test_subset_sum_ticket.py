@@ -127,7 +127,7 @@ def test_a_submodule_may_be_named_and_sums_of_any_size_asked_for(tmp_path, data)
     with torch.no_grad():
         values = F.max_pool2d(F.relu(module.conv(images)), 2)
         difference = float((head(values) - callback.ticket(values)).abs().max())
-    assert callback.found["strong/output_difference"] == pytest.approx(difference, rel=1e-4)
+    assert callback.found["strong/output_difference"] == pytest.approx(difference, rel=1e-3)  # float32, of two sums
     assert 0 < difference < 0.05
 
 

@@ -58,7 +58,8 @@ def canonical(name: str, module: nn.Module | None = None) -> str:
             part = part._modules[attributes[-1]]  # activation checkpointing and Fabric hide the segment
         if part is None or segment not in _attributes(part):
             kept.append(segment)
-        part = dict(part.named_children()).get(segment) if part is not None else None  # also of scripted modules
+        inner = part._modules if part is not None else {}
+        part = inner[segment] if segment in inner else None  # noqa: SIM401 (scripted modules have no `get` there)
     return ".".join(kept)
 
 

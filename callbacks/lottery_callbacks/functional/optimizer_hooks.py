@@ -153,11 +153,16 @@ def elementwise_state(optimizer: Optimizer, parameter: nn.Parameter) -> list[Ten
     values = optimizer.state[parameter].values() if parameter in optimizer.state else ()
     tensors = [value for value in values if isinstance(value, Tensor) and value.ndim]
     if any(value.shape != parameter.shape for value in tensors) or any(isinstance(value, list) for value in values):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} keeps state of another shape than its weights, which no mask can hold at "
-            "zero: train tickets with SGD, Adam, AdamW or another element-wise optimizer"
-        )
+        raise RuntimeError(not_elementwise(optimizer))
     return tensors
+
+
+def not_elementwise(optimizer: Optimizer) -> str:
+    """What is said of an optimizer whose state no mask can hold at zero."""
+    return (
+        f"{type(optimizer).__name__} keeps state of another shape than its weights, which no mask can hold at "
+        "zero: train tickets with SGD, Adam, AdamW or another element-wise optimizer"
+    )
 
 
 def _masking(name: str, pruned: Tensor) -> Callable[[Tensor], Tensor]:
