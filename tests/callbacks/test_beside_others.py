@@ -1,4 +1,4 @@
-"""Beside callbacks, optimizers and metrics of others a fit goes on to the same bits, or is refused before its first step."""
+"""Beside callbacks and optimizers of others a fit goes on to the same bits, or is refused before its first step."""
 
 import re
 
