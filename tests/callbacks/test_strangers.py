@@ -89,7 +89,7 @@ def test_memory_is_flat_over_the_fits(tmp_path, rewind):
         if imp.level in (2, 5):
             seen.append(live())
     assert imp.level == 5
-    assert seen[0] == seen[1]
+    assert all(later <= earlier for earlier, later in zip(*seen, strict=True))  # what other tests left may go
 
 
 def test_both_names_of_lightning_give_the_same_numbers(tmp_path):
