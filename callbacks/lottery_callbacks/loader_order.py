@@ -127,6 +127,8 @@ class LoaderOrder:
             self._warn(done, saved)
         if (done or self._is_resumed) and saved and any(map(indexed, loaders)):  # the epoch had begun
             self._continue(combined, saved, done)
+            if not done:  # else Lightning takes batch 0 for one that a validation follows, and validates first
+                self._trainer.fit_loop.epoch_loop.restarting = False
         elif not done and self._is_resumed and combined._iterator is setup and not any(map(keeps_position, loaders)):
             iter(fetcher)  # Lightning would use the iterator that it made before the hooks of this epoch
 

@@ -57,7 +57,7 @@ def test_a_fit_torn_twice_in_one_epoch_goes_on_twice(tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["shuffled", "generator", "two shuffled", "workers"])
-@pytest.mark.parametrize("step", [8, 11])
+@pytest.mark.parametrize("step", [0, 8, 11])
 def test_a_fit_that_failed_in_a_batch_repeats_that_batch(tmp_path, loader, step):
     whole, resumed, _ = torn(tmp_path, loader, "on exception", step, "on_train_batch_start")
     assert resumed.seen == whole.seen[-len(resumed.seen) :]
