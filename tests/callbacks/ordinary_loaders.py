@@ -5,6 +5,7 @@ import random
 
 import lightning.pytorch as L
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from stranger import Interrupted, StopAt, quiet
@@ -193,3 +194,8 @@ def torn(folder, loader, keeper, step, hook="on_train_batch_end", masked=True):
     fit(folder / "torn", loader, keeper, StopAt(step, hook), masked=masked)
     assert newest_checkpoint(folder / "torn")
     return whole, *fit(folder / "torn", loader, keeper, masked=masked, seed=123)
+
+
+def quick_or_slow(names):
+    """Parameters of tests: loaders that start worker processes are slow, but for one."""
+    return [pytest.param(n, marks=pytest.mark.slow) if "workers" in n and n != "workers" else n for n in names]

@@ -1,7 +1,7 @@
 """A fit over ordinary DataLoaders that is torn goes on with the batches that are left, to the same bits."""
 
 import pytest
-from ordinary_loaders import LOADERS, fit, torn
+from ordinary_loaders import LOADERS, fit, quick_or_slow, torn
 from stranger import StopAt, bits
 
 
@@ -33,7 +33,7 @@ def test_a_fit_torn_after_an_epoch_draws_the_next_order_as_an_unbroken_one(tmp_p
     ("keeper", "step"),
     [("resume, each 3", 13), ("model, each 3", 7), ("resume, each epoch", 18), ("model, epoch ends", 18)],
 )
-@pytest.mark.parametrize("loader", [name for name in LOADERS if "workers" in name])
+@pytest.mark.parametrize("loader", quick_or_slow(name for name in LOADERS if "workers" in name))
 def test_workers_go_on_too(tmp_path, loader, keeper, step):
     whole, resumed, _ = torn(tmp_path, loader, keeper, step)
     assert resumed.seen == whole.seen[-len(resumed.seen) :]

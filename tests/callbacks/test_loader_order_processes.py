@@ -37,7 +37,7 @@ def start(*arguments):
     return subprocess.run([sys.executable, __file__, *map(str, arguments)], env=environment, check=False, timeout=240)
 
 
-@pytest.mark.parametrize("loader", ["shuffled", "workers"])
+@pytest.mark.parametrize("loader", ["shuffled", pytest.param("workers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("keeper", "step", "hook"),
     [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ordinary_loaders import LOADERS, Module, Points, fit, torn
+from ordinary_loaders import LOADERS, Module, Points, fit, quick_or_slow, torn
 from stranger import Interrupted, StopAt, bits, quiet
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -29,7 +29,9 @@ def levels(folder, loader, rewind, last=1, **options):
     return imp, done
 
 
-@pytest.mark.parametrize("loader", [name for name in LOADERS if name not in ("two loaders", "global python state")])
+@pytest.mark.parametrize(
+    "loader", quick_or_slow(name for name in LOADERS if name not in ("two loaders", "global python state"))
+)
 @pytest.mark.parametrize("rewind", ["3it", "13it"])
 def test_a_rewound_level_goes_on_with_the_batch_after_step_k(tmp_path, loader, rewind):
     _, ((dense, _, _), (seen, read, _), (third, _, _)) = levels(tmp_path, loader, rewind, last=2)

@@ -1,4 +1,4 @@
-"""Small helpers for messages of one line that name the thing and the mend."""
+"""Small helpers for messages of one line that name the culprit and say what to do."""
 
 from collections.abc import Sequence
 from typing import Any
