@@ -163,17 +163,18 @@ class LoaderOrder:
         reasons = [why for one in loaders if (why := reason_to_stop(one, done, cycles))]
         if drawn is not None and not drawn and not reasons and any(map(indexed, loaders)):
             reasons = ["the checkpoint or rewind point does not hold the order of its epoch"]
-        if reasons and reasons[0] not in self.said:
-            self.said.add(reasons[0])
-            rank_zero_warn(
+        if reasons:
+            self._say(
                 f"the training loader cannot go on after batch {done} of an epoch: {reasons[0]}; a fit that is resumed "
                 "or rewound there sees other batches than an unbroken one. Resume or rewind at the end of an epoch "
-                '(rewind="1ep"), or use a loader with state_dict and load_state_dict'
+                '(rewind="1ep"), or use a loader with state_dict and load_state_dict',
+                key=reasons[0],
             )
 
-    def _say(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
+    def _say(self, line: str, key: str = "") -> None:
+        """Warn once of each `key`, which is the line itself if none is given."""
+        if (key or line) not in self.said:
+            self.said.add(key or line)
             rank_zero_warn(line)
 
 

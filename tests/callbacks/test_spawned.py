@@ -25,7 +25,7 @@ from lottery_callbacks import (
 )
 from lottery_callbacks.functional.masks import digest, kept
 
-pytestmark = pytest.mark.slow  # each process imports torch and lightning anew
+pytestmark = pytest.mark.slow  # each process imports torch and lightning again
 
 STRATEGIES = ("ddp_spawn", "ddp_fork")  # of level 0 and level 1
 
